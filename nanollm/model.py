@@ -1,0 +1,286 @@
+"""A LLaMA-2/3 decoder by hand: pre-RMSNorm, RoPE, causal (grouped-query) attention, SwiGLU, no biases.
+
+Names follow Meta's LLaMA, so a printed module tree equals the one in the literature. RoPE is in the half-split
+form that Hugging Face uses, so exporting is a renaming of tensors and nothing else.
+
+Legend of shapes:  B batch   T time (tokens)   C = dim   H query heads   G key/value heads   D = C / H   V vocabulary
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class ModelArgs:
+    dim: int = 128
+    n_layers: int = 4
+    n_heads: int = 4
+    n_kv_heads: int = 0            # 0 = as many as n_heads (MHA); fewer = grouped-query attention (GQA)
+    vocab_size: int = 1024
+    multiple_of: int = 32          # the FFN width is rounded up to a multiple of this
+    hidden_dim: int = 0            # 0 = two thirds of 4 * dim, rounded; otherwise the FFN width itself
+    norm_eps: float = 1e-5
+    max_seq_len: int = 256
+    rope_theta: float = 10000.0
+    dropout: float = 0.0
+    tie_embeddings: bool = True    # one matrix for the input embedding and the output projection
+    attention: str = "sdpa"        # "sdpa": F.scaled_dot_product_attention; "naive": the formula spelled out
+
+    def __post_init__(self):
+        self.n_kv_heads = self.n_kv_heads or self.n_heads
+        for ok, why in [
+            (self.dim % self.n_heads == 0, f"dim {self.dim} is not divisible by n_heads {self.n_heads}"),
+            (self.n_heads % self.n_kv_heads == 0,
+             f"n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}"),
+            ((self.dim // self.n_heads) % 2 == 0, f"RoPE rotates pairs: dim / n_heads = {self.dim / self.n_heads} must be even"),
+            (self.attention in ("sdpa", "naive"), f"attention must be 'sdpa' or 'naive', got {self.attention!r}"),
+            (min(self.dim, self.n_layers, self.vocab_size, self.max_seq_len, self.multiple_of) > 0,
+             "dim, n_layers, vocab_size, multiple_of and max_seq_len must be positive"),
+        ]:
+            if not ok:
+                raise ValueError(why)
+
+    @property
+    def ffn_dim(self):
+        """SwiGLU has three matrices where a plain FFN has two; 2/3 * 4 * dim keeps the parameter count equal
+        (Shazeer 2020, arXiv:2002.05202). dim 512, multiple_of 32 -> 1376."""
+        m = self.multiple_of
+        return self.hidden_dim or m * math.ceil(int(2 * 4 * self.dim / 3) / m)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019, eq. 4). No mean is subtracted and there is no bias.
+    Computed in fp32 whatever the input: the sum of squares overflows fp16 already at |x| = 256 in one element."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), (x.size(-1),), eps=self.eps).type_as(x) * self.weight
+
+
+def rope_table(head_dim, length, theta, device=None):
+    """cos and sin of position * frequency, each (length, D): frequency_i = theta^(-2i/D) (Su et al. 2021, eq. 15),
+    the D/2 frequencies written twice, once for each half."""
+    freq = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)      # (D/2,)
+    angle = torch.outer(torch.arange(length, dtype=torch.float32, device=device), freq).repeat(1, 2)    # (length, D)
+    return angle.cos(), angle.sin()
+
+
+def apply_rope(x, cos, sin):
+    """Rotate each pair (x_i, x_{i+D/2}) of x (B, H, T, D) by its position's angle; cos and sin are (T, D).
+    The dot product of a rotated q and k depends only on the distance of their positions."""
+    x1, x2 = x.float().chunk(2, dim=-1)
+    return (x.float() * cos + torch.cat((-x2, x1), dim=-1) * sin).type_as(x)
+
+
+def naive_attention(q, k, v, mask, dropout_p=0.0):
+    """softmax(Q K^T / sqrt(D)) V (Vaswani et al. 2017, eq. 1). q (B, H, T, D), k and v (B, H, S, D),
+    mask (…, T, S) with True where a query may look. F.scaled_dot_product_attention computes the same
+    without ever holding the (T, S) matrix."""
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))          # (B, H, T, S)
+    scores = scores.float().masked_fill(~mask, float("-inf"))
+    probs = F.dropout(scores.softmax(dim=-1).type_as(q), dropout_p)
+    return probs @ v                                                  # (B, H, T, D)
+
+
+class Attention(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.n_heads, self.n_kv_heads = args.n_heads, args.n_kv_heads
+        self.head_dim = args.dim // args.n_heads
+        self.naive = args.attention == "naive"
+        self.wq = nn.Linear(args.dim, self.n_heads * self.head_dim, bias=False)
+        self.wk = nn.Linear(args.dim, self.n_kv_heads * self.head_dim, bias=False)
+        self.wv = nn.Linear(args.dim, self.n_kv_heads * self.head_dim, bias=False)
+        self.wo = nn.Linear(self.n_heads * self.head_dim, args.dim, bias=False)
+        self.attn_dropout = nn.Dropout(args.dropout)
+        self.resid_dropout = nn.Dropout(args.dropout)
+
+    def forward(self, x, cos, sin, mask, cache=None):
+        B, T, _ = x.shape
+        q = self.wq(x).view(B, T, self.n_heads, self.head_dim).transpose(1, 2)         # (B, H, T, D)
+        k = self.wk(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)      # (B, G, T, D)
+        v = self.wv(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)      # (B, G, T, D)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if cache is not None:
+            k, v = cache.extend(self, k, v)                                            # (B, G, S, D), S >= T
+        if self.n_kv_heads < self.n_heads:                   # GQA: each key/value head serves H / G query heads
+            k = k.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1)            # (B, H, S, D)
+            v = v.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1)
+        p = self.attn_dropout.p if self.training else 0.0
+        if self.naive:
+            if mask is None:                                 # plain causal; with a cache T queries end the S keys
+                S = k.size(2)
+                mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+            out = naive_attention(q, k, v, mask, p)
+        else:
+            causal = mask is None and T > 1                  # a lone query may look at every key
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal)
+        out = out.transpose(1, 2).reshape(B, T, self.n_heads * self.head_dim)          # (B, T, C)
+        return self.resid_dropout(self.wo(out))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x). w1 is the gate, w3 the up and w2 the down projection."""
+
+    def __init__(self, args):
+        super().__init__()
+        self.w1 = nn.Linear(args.dim, args.ffn_dim, bias=False)
+        self.w2 = nn.Linear(args.ffn_dim, args.dim, bias=False)
+        self.w3 = nn.Linear(args.dim, args.ffn_dim, bias=False)
+        self.dropout = nn.Dropout(args.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm: each sub-layer reads a normalised copy and adds to an untouched residual stream."""
+
+    def __init__(self, args):
+        super().__init__()
+        self.attention = Attention(args)
+        self.feed_forward = FeedForward(args)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+
+    def forward(self, x, cos, sin, mask, cache=None):
+        x = x + self.attention(self.attention_norm(x), cos, sin, mask, cache)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class KVCache:
+    """Keys and values of the tokens already read, so that each new token costs one column and not a square."""
+
+    def __init__(self):
+        self.kv = {}                # Attention module -> (k, v), each (B, G, S, D), keys already rotated
+        self.segments = None        # (B, S): see Transformer.forward
+
+    @property
+    def length(self):
+        return next(iter(self.kv.values()))[0].size(2) if self.kv else 0
+
+    def extend(self, module, k, v):
+        if module in self.kv:
+            old_k, old_v = self.kv[module]
+            k, v = torch.cat((old_k, k), dim=2), torch.cat((old_v, v), dim=2)
+        self.kv[module] = (k, v)
+        return k, v
+
+    def keep(self, rows):
+        """Go on with only these batch rows (a LongTensor): finished answers need no more work."""
+        self.kv = {m: (k[rows], v[rows]) for m, (k, v) in self.kv.items()}
+        if self.segments is not None:
+            self.segments = self.segments[rows]
+
+
+class Transformer(nn.Module):
+    """tokens (B, T) -> logits (B, T, V)."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = args
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.dropout = nn.Dropout(args.dropout)
+        self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layers))
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        if args.tie_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+        cos, sin = rope_table(args.dim // args.n_heads, args.max_seq_len, args.rope_theta)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+        self.init_weights()
+
+    def init_weights(self):
+        """
+        tok_embeddings, output, wq wk wv, w1 w3    N(0, 0.02)
+        wo, w2                                     N(0, 0.02 / sqrt(2 * n_layers))   (GPT-2, section 2.3)
+        norms                                      1
+
+        wo and w2 are the two matrices of a block that write into the residual stream: 2 * n_layers of them add up,
+        so each is made smaller by the square root of their number. Chosen by role: in these names w2, not w3,
+        is the down projection.
+        """
+        for p in self.parameters():
+            if p.dim() >= 2:
+                nn.init.normal_(p, std=0.02)
+        for block in self.layers:
+            for residual in (block.attention.wo, block.feed_forward.w2):
+                nn.init.normal_(residual.weight, std=0.02 / math.sqrt(2 * self.args.n_layers))
+
+    def hidden(self, tokens, segments=None, cache=None):
+        """tokens (B, T) -> the final normed hidden states (B, T, C).
+
+        segments (B, T): tokens attend only inside their own segment. This one mechanism keeps packed documents
+        apart (1, 2, 3, … along a row) and hides left padding in batched generation (0 for pads, 1 for text).
+        Positions need no reset: RoPE only sees distances. None = the whole row is one segment.
+        """
+        T, start = tokens.size(1), cache.length if cache is not None else 0
+        if start + T > self.args.max_seq_len:
+            raise ValueError(f"{start + T} tokens do not fit into max_seq_len {self.args.max_seq_len}")
+        mask = None
+        if segments is not None:
+            seen = segments if cache is None or cache.segments is None else torch.cat((cache.segments, segments), 1)
+            if cache is not None:
+                cache.segments = seen
+            mask = segments[:, None, :, None] == seen[:, None, None, :]                   # (B, 1, T, S)
+            mask &= torch.ones(T, seen.size(1), dtype=torch.bool, device=tokens.device).tril(start)
+        elif cache is not None and start > 0 and T > 1:      # is_causal assumes S = T: spell the mask out
+            mask = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril(start)
+        cos, sin = self.rope_cos[start : start + T], self.rope_sin[start : start + T]
+        x = self.dropout(self.tok_embeddings(tokens))                                     # (B, T, C)
+        for layer in self.layers:
+            x = layer(x, cos, sin, mask, cache)
+        return self.norm(x)
+
+    def forward(self, tokens, segments=None, cache=None):
+        return self.output(self.hidden(tokens, segments, cache))
+
+
+class RewardModel(nn.Module):
+    """A Transformer whose output layer is one number per position: r_t = v_head(h_t). tokens (B, T) -> (B, T).
+    The head reads the normed hidden state once, in fp32; a reward is unbounded, only differences mean anything."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = args
+        self.backbone = Transformer(args)
+        self.backbone.output = None          # no vocabulary here: the embedding stays, the output matrix goes
+        self.v_head = nn.Linear(args.dim, 1, bias=False)
+        nn.init.normal_(self.v_head.weight, std=1 / math.sqrt(args.dim + 1))
+
+    def forward(self, tokens, segments=None):
+        h = self.backbone.hidden(tokens, segments)                                        # (B, T, C)
+        with torch.autocast(h.device.type, enabled=False):
+            return self.v_head(h.float()).squeeze(-1)                                     # (B, T)
+
+
+def parameter_count(model):
+    """Parameters by part, a tied matrix counted once: {"embedding", "attention", "feed_forward", "norm", "output",
+    "total", …}."""
+    parts, seen = {"embedding": 0, "attention": 0, "feed_forward": 0, "norm": 0, "output": 0}, set()
+    for name, p in model.named_parameters():
+        if id(p) in seen:
+            continue
+        seen.add(id(p))
+        words = name.split(".")
+        part = ("norm" if "norm" in words[-2] else "attention" if "attention" in words
+                else "feed_forward" if "feed_forward" in words else "embedding" if "tok_embeddings" in words else "output")
+        parts[part] += p.numel()
+    parts["total"] = sum(parts.values())
+    return parts
+
+
+def flops_per_token(model, seq_len):
+    """Training FLOPs per token: 6 for each weight that multiplies (2 forward, 4 backward; Kaplan et al. 2020,
+    table 1) plus 12 * n_layers * dim * T for the attention scores and values (the causal half not subtracted)."""
+    a, n = model.args, parameter_count(model)
+    multiplied = n["total"] - n["norm"] - (0 if a.tie_embeddings else n["embedding"])
+    return 6 * multiplied + 12 * a.n_layers * a.dim * seq_len
