@@ -282,5 +282,5 @@ def flops_per_token(model, seq_len):
     """Training FLOPs per token: 6 for each weight that multiplies (2 forward, 4 backward; Kaplan et al. 2020,
     table 1) plus 12 * n_layers * dim * T for the attention scores and values (the causal half not subtracted)."""
     a, n = model.args, parameter_count(model)
-    multiplied = n["total"] - n["norm"] - (0 if a.tie_embeddings else n["embedding"])
+    multiplied = n["total"] - n["norm"] - (n["embedding"] if n["output"] else 0)     # tied: the embedding is the output
     return 6 * multiplied + 12 * a.n_layers * a.dim * seq_len

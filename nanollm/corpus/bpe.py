@@ -1,0 +1,150 @@
+"""Learn a tokenizer from text: byte-level BPE from scratch, and the character table that is its baseline.
+
+BPE (Sennrich et al. 2016, on bytes as in GPT-2): start from the 256 bytes, again and again join the most frequent
+adjacent pair. Recounting all pairs for every merge costs (merges x corpus). Here each distinct piece is counted once,
+and a merge touches only the places where its pair stands: the text is a doubly linked list in numpy arrays, with an
+index pair -> places and a heap of counts.
+"""
+import hashlib
+import heapq
+from collections import Counter
+
+import numpy as np
+import regex
+
+from nanollm.config import UserError
+from nanollm.tokenizer import BYTE_CHAR, CONTROL, no_surrogates
+
+PASSAGE = 10_000          # characters; a book enters the sample as many passages, not all or nothing
+MAX_PIECE = 256           # bytes; longer pieces are no words (rulers, base64) and would only teach themselves
+
+
+def sample(texts, max_bytes, say=print):
+    """Passages of `texts`, in all at most `max_bytes` of UTF-8 and never more in memory.
+
+    Chosen by a hash of their content: whenever the sample grows too large, the share that is kept is halved. So the
+    whole stream is represented evenly, whatever its order and length, and twice the same input gives the same sample.
+    """
+    kept, size, seen, limit = [], 0, 0, 1 << 64
+    for text in texts:
+        text = no_surrogates(text)
+        for start in range(0, len(text), PASSAGE):
+            data = text[start:start + PASSAGE].encode("utf-8")
+            seen += len(data)
+            key = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+            if key < limit:
+                kept.append((key, data))
+                size += len(data)
+            while size > max_bytes:
+                limit //= 2
+                kept = [(k, d) for k, d in kept if k < limit]
+                size = sum(len(d) for _, d in kept)
+    if say:
+        say(f"tokenizer: sample of {size / 1e6:.1f} MB out of {seen / 1e6:.1f} MB in {len(kept):,} passages")
+    return [data.decode("utf-8") for _, data in kept]
+
+
+def count_pieces(texts, pattern):
+    """How often each piece (word) of the pre-tokenizer occurs; merges never cross a piece."""
+    find, counts = regex.compile(pattern).findall, Counter()
+    for text in texts:
+        counts.update(find(text))
+    return Counter({p: n for p, n in counts.items() if len(p.encode("utf-8")) <= MAX_PIECE})
+
+
+def learn_merges(counts, n_merges, min_count=2):
+    """The first `n_merges` merges [(left id, right id)] of pieces {str: count}; fewer if no pair occurs `min_count`
+    times any more. Bytes are ids 0..255, merge i makes id 256 + i.
+
+    Of equally frequent pairs the smaller wins, with bytes ranked in GPT-2's byte-to-unicode order: then the merges
+    equal those of Hugging Face's BpeTrainer. So the work is done on ranks, and translated to bytes at the end.
+    """
+    by_rank = sorted(range(256), key=BYTE_CHAR.get)                    # rank -> byte
+    rank = np.argsort(by_rank).astype(np.int32)                        # byte -> rank
+    pieces = sorted(counts)                                            # the result does not depend on the order read
+    # all pieces in one array with 0xff, which UTF-8 never contains, as walls of token -1 between them
+    flat = np.frombuffer(b"\xff" + b"".join(p.encode("utf-8") + b"\xff" for p in pieces), dtype=np.uint8)
+    wall = flat == 0xFF
+    tok = np.where(wall, np.int32(-1), rank[flat])
+    nxt = np.arange(1, len(tok) + 1, dtype=np.int32)
+    prv = np.arange(-1, len(tok) - 1, dtype=np.int32)
+    weight = np.array([counts[p] for p in pieces] + [0])[np.cumsum(wall, dtype=np.int32) - 1]   # of each place
+    count, places, heap, merges = {}, {}, [], []
+
+    def links(at):
+        """Places whose token is linked to a next one (no walls), each once, sorted; and the pair there as one int."""
+        at = np.unique(at)
+        at = at[tok[at] >= 0]
+        at = at[tok[nxt[at]] >= 0]
+        return at, tok[at].astype(np.int64) << 32 | tok[nxt[at]]
+
+    def by_pair(at, pair):
+        """Group places by pair: for each pair its total weight and its places."""
+        order = np.argsort(pair, kind="stable")
+        at, pair = at[order], pair[order]
+        start = np.flatnonzero(np.diff(pair, prepend=-1))
+        total = np.add.reduceat(weight[at], start) if len(at) else start
+        return zip(pair[start].tolist(), total.tolist(), start.tolist(), [*start[1:].tolist(), len(at)]), at
+
+    def add(at):
+        groups, at = by_pair(*links(at))
+        for pair, total, start, end in groups:
+            if total >= min_count:                                     # a count only ever falls after this
+                count[pair], places[pair] = total, at[start:end].astype(np.int32)
+                heapq.heappush(heap, (-total, pair))
+
+    add(np.flatnonzero(~wall))
+    while heap and len(merges) < n_merges:
+        total, pair = heapq.heappop(heap)
+        if -total != count[pair]:                                      # it has lost places since: back into the queue
+            if count[pair] >= min_count:
+                heapq.heappush(heap, (-count[pair], pair))
+            continue
+        left, right = pair >> 32, pair & 0xFFFFFFFF
+        at = places.pop(pair)
+        at = at[(tok[at] == left) & (tok[nxt[at]] == right)]           # places that other merges have not eaten
+        if left == right:                                              # in a run, aaaa, every second place: (aa)(aa)
+            first = np.r_[True, nxt[at[:-1]] != at[1:]]
+            index = np.arange(len(at))
+            at = at[(index - np.maximum.accumulate(np.where(first, index, 0))) % 2 == 0]
+        gone = nxt[at]
+        groups, _ = by_pair(*links(np.concatenate([prv[at], at, gone])))
+        for neighbour, lost, _, _ in groups:
+            if neighbour in count:
+                count[neighbour] -= lost
+        tok[at], tok[gone] = 256 + len(merges), -1
+        nxt[at] = nxt[gone]
+        prv[nxt[at]] = at
+        merges.append((left, right))
+        add(np.concatenate([prv[at], at]))
+    return [tuple(by_rank[i] if i < 256 else i for i in pair) for pair in merges]
+
+
+def train_bpe(texts, vocab_size, pattern, max_bytes=32 << 20, say=print):
+    """Merges [(left id, right id)] for a vocabulary of `vocab_size` ids, the 256 bytes and the control tokens included.
+
+    A corpus too small for that many returns fewer merges and says so; the tokenizer is then smaller than asked for
+    (rather than full of dead ids). UserError if there is no text, or no room even for the bytes.
+    """
+    room = vocab_size - 256 - len(CONTROL)
+    if room < 0:
+        raise UserError(f"--vocab_size {vocab_size} is too small: 256 bytes and {len(CONTROL)} control tokens come "
+                        "first; 512 is a sensible least")
+    counts = count_pieces(sample(texts, max_bytes, say), pattern)
+    if not counts:
+        raise UserError("the tokenizer needs text to learn from, and there was none; check the input files")
+    merges = learn_merges(counts, room)
+    if say:
+        say(f"tokenizer: {len(counts):,} distinct pieces, {len(merges):,} merges")
+        if len(merges) < room:
+            say(f"tokenizer: only {len(merges):,} of {room:,} merges occur twice or more in this corpus; "
+                "the vocabulary is smaller than asked for")
+    return merges
+
+
+def train_char(texts):
+    """The characters that occur, sorted, as one string; U+FFFD, which stands for every other one, among them."""
+    characters = {"\ufffd"}
+    for text in texts:
+        characters.update(no_surrogates(text))
+    return "".join(sorted(characters))

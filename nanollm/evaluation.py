@@ -1,0 +1,282 @@
+"""What a model knows: perplexity, bits per byte, multiple choice, generated answers, rewards.
+
+Every function takes a model and plain data and returns plain numbers; nothing is sampled without a seed, so two runs
+give the same table. Log-probabilities are in nats unless a name says bits.
+"""
+import csv
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from nanollm.config import UserError
+from nanollm.generate import generate_batch
+from nanollm.losses import reward_loss
+from nanollm.tokenizer import render
+
+
+@torch.no_grad()
+def continuation_losses(model, pairs):
+    """[(context ids, continuation ids)] -> for each a float tensor (len(continuation),) of -log p of its tokens.
+
+    The one place where this file runs a model on given text. Contexts are not empty; context + continuation has at
+    most max_seq_len + 1 tokens. Pairs that feed the model the same ids share one forward pass (four options of one
+    token each cost one question). Rows of like length are padded on the right, where causal attention never looks.
+    """
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    rows = {}                                                # input ids -> the pairs that read this row
+    for i, (context, continuation) in enumerate(pairs):
+        rows.setdefault((*context, *continuation)[:-1], []).append(i)
+    order = sorted(rows, key=len)
+    # the two large tensors are the hidden states and the logits: bound both, whatever the vocabulary
+    budget = max(256, 2**24 // max(model.args.vocab_size, 4 * model.args.dim))
+    losses, start = [None] * len(pairs), 0
+    while start < len(order):
+        end = start + 1
+        while end < len(order) and (end + 1 - start) * len(order[end]) <= budget:
+            end += 1
+        batch, start = order[start:end], end
+        tokens = torch.zeros(len(batch), len(batch[-1]), dtype=torch.long)
+        for b, row in enumerate(batch):
+            tokens[b, : len(row)] = torch.tensor(row)
+        hidden = model.hidden(tokens.to(device))                                        # (B, T, C)
+        wanted = [(b, i) for b, row in enumerate(batch) for i in rows[row]]
+        picked = torch.cat([hidden[b, len(pairs[i][0]) - 1 : len(pairs[i][0]) - 1 + len(pairs[i][1])] for b, i in wanted])
+        targets = torch.tensor([t for _, i in wanted for t in pairs[i][1]], device=device)
+        nll = F.cross_entropy(model.output(picked).float(), targets, reduction="none").cpu()   # (N,)
+        for (_, i), part in zip(wanted, nll.split([len(pairs[i][1]) for _, i in wanted])):
+            losses[i] = part
+    model.train(was_training)
+    return losses
+
+
+def token_losses(model, tok, texts):
+    """Whole documents as pretraining sees them, <|endoftext|> before and after: [(ids incl. the final EOS, losses)].
+    Raises UserError if one does not fit into the context."""
+    documents = [tok.encode(text) + [tok.eos_id] for text in texts]
+    if too_long := [text for text, ids in zip(texts, documents) if len(ids) > model.args.max_seq_len]:
+        raise UserError(f"{len(too_long)} documents are longer than the model's context of {model.args.max_seq_len} tokens, "
+                        f"the first: {too_long[0][:60]!r}")
+    return list(zip(documents, continuation_losses(model, [([tok.eos_id], ids) for ids in documents])))
+
+
+def lm_loss(model, tok, data, max_tokens=0):
+    """Loss on held-out documents: data is a TokenFile with rows="documents", so that every piece begins at a document's
+    start (or goes on in one that is longer than the context). max_tokens 0 = all of them.
+
+    loss is the mean over tokens, EOS included; ppl = exp(loss) and depends on the tokenizer. bits_per_byte divides
+    the bits of all text tokens by the UTF-8 bytes they stand for, which no choice of tokens can change: compare that.
+    """
+    total = text_nats = tokens = n_bytes = 0
+    size = [len(tok.token_bytes(i)) for i in range(tok.vocab_size)]
+    for start in range(0, len(data.begin), 512):
+        pieces = [data.piece(i) for i in range(start, min(start + 512, len(data.begin)))]
+        targets = [t.tolist() for _, t in pieces]
+        for ids, nll in zip(targets, continuation_losses(model, [([int(x[0])], t) for (x, _), t in zip(pieces, targets)])):
+            weight = torch.tensor([size[t] for t in ids])
+            total, tokens = total + nll.sum().item(), tokens + len(ids)
+            text_nats, n_bytes = text_nats + nll[weight > 0].sum().item(), n_bytes + int(weight.sum())
+        if max_tokens and tokens >= max_tokens:
+            break
+    loss = total / tokens
+    return {"loss": loss, "ppl": math.exp(min(loss, 700)), "bits_per_byte": text_nats / math.log(2) / max(n_bytes, 1),
+            "tokens": tokens, "bytes": n_bytes}
+
+
+def loss_by_kind(model, tok, texts, parse):
+    """The loss of each kind of token beside its floor: {kind: {"loss", "floor", "tokens"}} and "all" of them together.
+
+    parse(text) -> an object with .spans [(start_char, end_char, kind, nats)], or None for a foreign text, which is
+    left out. A token has the kind of its first byte, the nats of a span belong to the span's kind; the closing
+    <|endoftext|> and characters outside all spans are grammar (the text alone determines them).
+    """
+    known = [(text, parsed.spans) for text in texts if (parsed := parse(text)) is not None]
+    if not known:
+        raise UserError("no document could be parsed back: the data are not of the demo world")
+    kinds = {}
+
+    def entry(kind):
+        return kinds.setdefault(kind, {"loss": 0.0, "floor": 0.0, "tokens": 0})
+
+    for (text, spans), (ids, nll) in zip(known, token_losses(model, tok, [text for text, _ in known])):
+        at = [0]                                             # character -> byte
+        for c in text:
+            at.append(at[-1] + len(c.encode("utf-8", "surrogatepass")))
+        kind_of_byte = ["grammar"] * (at[-1] + 1)
+        for start, end, kind, nats in spans:
+            kind_of_byte[at[start] : at[end]] = [kind] * (at[end] - at[start])
+            entry(kind)["floor"] += nats
+        byte = 0
+        for token, loss in zip(ids, nll.tolist()):
+            kind = entry(kind_of_byte[byte])
+            kind["loss"], kind["tokens"] = kind["loss"] + loss, kind["tokens"] + 1
+            byte += len(tok.token_bytes(token))
+    kinds["all"] = {key: sum(k[key] for k in kinds.values()) for key in ("loss", "floor", "tokens")}
+    return {kind: {"loss": k["loss"] / max(k["tokens"], 1), "floor": k["floor"] / max(k["tokens"], 1), "tokens": k["tokens"]}
+            for kind, k in kinds.items()}
+
+
+# ---------------------------------------------------------------------------------------------------- multiple choice
+
+LETTERS = "ABCDEFGH"
+ZH = {"head": "以下是关于{subject}的单项选择题，请直接给出正确答案的选项。\n\n", "question": "题目：", "answer": "答案是：", "gap": ""}
+EN = {"head": "The following are multiple choice questions (with answers) about {subject}.\n\n", "question": "Question: ",
+      "answer": "Answer:", "gap": " "}                      # the space belongs to the option: " A" is one token in most vocabularies
+
+
+def read_choices(path):
+    """CMMLU's CSV (a header with Question, A, B, …, Answer) or MMLU's (no header) -> [{"question", "options", "answer"
+    (index), "subject" (file name)}]. path: one file or a directory of them. Raises UserError."""
+    path = Path(path)
+    files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
+    if not files or not files[0].exists():
+        raise UserError(f"--data {path}: no .csv file with multiple-choice questions there")
+    questions = []
+    for file in files:
+        try:
+            rows = [row for row in csv.reader(file.read_text(encoding="utf-8-sig").splitlines(True)) if row]
+        except (UnicodeDecodeError, csv.Error) as e:
+            raise UserError(f"{file} is not a UTF-8 CSV file: {e}") from None
+        head = [c.strip() for c in rows[0]] if rows else []
+        if "Question" in head and "Answer" in head:
+            letters = [c for c in LETTERS if c in head]
+            columns, rows, first = [head.index(c) for c in ("Question", *letters, "Answer")], rows[1:], 2
+        else:
+            columns, first = list(range(len(head))), 1
+            letters = LETTERS[: max(len(head) - 2, 0)]
+        for line, row in enumerate(rows, first):
+            cells = [row[i].strip() for i in columns] if len(row) > max(columns) else []
+            if len(cells) < 4 or cells[-1] not in letters:
+                raise UserError(f"{file} row {line}: wanted a question, two or more options and the right one's letter")
+            questions.append({"question": cells[0], "options": cells[1:-1], "answer": letters.index(cells[-1]),
+                              "subject": file.stem.replace("_", " ")})
+    if not questions:
+        raise UserError(f"--data {path}: the file holds no question")
+    return questions
+
+
+def question_text(words, q, letters, answer=False):
+    """One question as text, with its lettered options or without, up to its answer or including it."""
+    text = words["question"] + q["question"] + "\n"
+    if letters:
+        text += "".join(f"{c}. {option}\n" for c, option in zip(LETTERS, q["options"]))
+    right = LETTERS[q["answer"]] if letters else q["options"][q["answer"]]
+    return text + words["answer"] + (words["gap"] + right + "\n\n" if answer else "")
+
+
+def multiple_choice(model, tok, questions, shots=(), score="letter", chat=False, n_shots=5):
+    """Accuracy by log-likelihood: the option to which the model gives the highest score is its answer.
+
+    score="letter": the options are shown with letters and log p(letter) is compared. score="text": only the question
+    is shown and log p(option text) / its UTF-8 bytes is compared, since a long option is improbable by its length.
+    shots: solved questions of the same form; up to n_shots of the same subject go in front, as many as fit into the
+    context beside the longest option. chat: the question is the user's message and the option begins the answer
+    (no shots). The output names prompt, scoring and number of truncated questions: a number without them means little.
+    """
+    if score not in ("letter", "text"):
+        raise UserError(f"--score {score} is unknown; use letter or text")
+    pairs, owners, truncated, example, used = [], [], 0, "", []
+    for n, q in enumerate(questions):
+        words = ZH if any("\u4e00" <= c <= "\u9fff" for c in q["question"]) else EN
+        texts = list(LETTERS[: len(q["options"])]) if score == "letter" else q["options"]
+        options = [tok.encode(("" if chat else words["gap"]) + text) for text in texts]
+        room = model.args.max_seq_len + 1 - max(map(len, options))
+        if chat:
+            user = question_text({"question": "", "answer": ""}, q, score == "letter").rstrip("\n")
+            context = render(tok, [{"role": "user", "content": user}], add_generation_prompt=True)[0]
+        else:
+            solved = [question_text(words, s, score == "letter", answer=True) for s in shots if s["subject"] == q["subject"]][:n_shots]
+            asked = question_text(words, q, score == "letter")
+            while True:
+                context = tok.encode(words["head"].format(subject=q["subject"]) + "".join(solved) + asked)
+                if len(context) <= room or not solved:
+                    break
+                solved.pop()
+            used.append(len(solved))
+        if len(context) > room:
+            context, truncated = context[-room:], truncated + 1
+        example = example or tok.decode(context)
+        for option, text in zip(options, texts):
+            pairs.append((context, option))
+            owners.append((n, len(text.encode("utf-8")) if score == "text" else 1))
+    scores = [[] for _ in questions]
+    for (n, size), nll in zip(owners, continuation_losses(model, pairs)):
+        scores[n].append(-nll.sum().item() / size)
+    right = [max(range(len(s)), key=s.__getitem__) == q["answer"] for s, q in zip(scores, questions)]
+    subjects = {}
+    for q, hit in zip(questions, right):
+        subjects.setdefault(q["subject"], []).append(hit)
+    return share(right) | {
+        "chance": sum(1 / len(q["options"]) for q in questions) / len(questions),
+        "by_subject": {name: share(hits) for name, hits in subjects.items()},
+        "scoring": "log p of the option's letter" if score == "letter" else "log p of the option's text / its UTF-8 bytes",
+        "template": "chat, 0 shots" if chat else f"plain text, {sum(used) / max(len(used), 1):.1f} shots on average",
+        "truncated": truncated, "prompt": example, "scores": scores}
+
+
+def share(hits):
+    """A list of booleans as accuracy, its standard error sqrt(p (1 - p) / n), and n."""
+    n, p = len(hits), sum(hits) / max(len(hits), 1)
+    return {"accuracy": p, "stderr": math.sqrt(p * (1 - p) / max(n, 1)), "n": n}
+
+
+# ---------------------------------------------------------------------------------------------------- generation
+
+def answers(model, tok, prompts, max_new_tokens=128, temperature=0.0, seed=0, batch_size=64, **sampling):
+    """The model's answers: [(text, whether it ended by itself)]. prompts: strings are continued as documents, lists of
+    messages are answered as chats. temperature 0 is greedy; otherwise the same seed gives the same answers."""
+    ids = [[tok.eos_id] + tok.encode(p) if isinstance(p, str) else render(tok, p, add_generation_prompt=True)[0] for p in prompts]
+    was_training = model.training
+    model.eval()
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    out = [None] * len(ids)
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))           # like lengths together: little padding
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        new, stopped = generate_batch(model, [ids[i] for i in part], max_new_tokens, tok.pad_id, stop_ids=tok.stop_ids,
+                                      generator=generator, temperature=temperature, **sampling)
+        for i, answer, ended in zip(part, new, stopped):
+            out[i] = (tok.decode(answer), ended)
+    model.train(was_training)
+    return out
+
+
+def sample_prompts(model, tok, prompts, chat=False, max_new_tokens=64):
+    """Greedy texts for a few fixed prompts (strings), for the log: [{"prompt", "text"}]. chat: each is a user's message."""
+    asked = [[{"role": "user", "content": p}] if chat else p for p in prompts]
+    return [{"prompt": p, "text": text} for p, (text, _) in zip(prompts, answers(model, tok, asked, max_new_tokens))] if prompts else []
+
+
+def exact_match(rows, replies, correct):
+    """Share of right answers, in all and by row["task"], and of answers that ended by themselves.
+    replies: what answers() returned; correct(row, text) -> bool."""
+    hits, tasks = [correct(row, text) for row, (text, _) in zip(rows, replies)], {}
+    for row, hit in zip(rows, hits):
+        tasks.setdefault(row.get("task", "all"), []).append(hit)
+    total = share(hits)
+    return {"exact_match": total["accuracy"], "stderr": total["stderr"], "n": total["n"],
+            "stop_rate": sum(ended for _, ended in replies) / max(len(replies), 1),
+            "by_task": {task: {"exact_match": share(h)["accuracy"], "n": len(h)} for task, h in sorted(tasks.items())}}
+
+
+def win_rate(ratings, other):
+    """Share of prompts on which `ratings` lies above `other`; a tie is half a win, so that a model stands at 0.5
+    against itself. Both are lists of numbers, one a prompt."""
+    return sum(0.5 if a == b else float(a > b) for a, b in zip(ratings, other)) / max(len(ratings), 1)
+
+
+@torch.no_grad()
+def rm_accuracy(model, pairs, batch_size=32):
+    """How often a reward model scores the chosen answer above the rejected: share() plus the mean margin and the share
+    of ties. pairs: PreferenceRows; each answer is read at its closing <|im_end|>, found by length."""
+    device = next(model.parameters()).device
+    sums, n = {}, 0
+    for start in range(0, len(pairs), batch_size):
+        ids, lengths = pairs.scored_batch(range(start, min(start + batch_size, len(pairs))))
+        _, count, metrics = reward_loss(model(ids.to(device)), lengths.to(device))
+        n += int(count)
+        sums = {k: sums.get(k, 0) + float(v) for k, v in metrics.items()}
+    p = sums["accuracy"] / n
+    return {"accuracy": p, "stderr": math.sqrt(p * (1 - p) / n), "n": n, "margin": sums["margin"] / n, "ties": sums["ties"] / n}

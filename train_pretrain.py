@@ -1,0 +1,198 @@
+"""Pretraining: predict the next token, over token files made by prepare_data.py.
+
+    python train_pretrain.py --config configs/demo/pretrain.toml                 one process, CPU or one GPU
+    torchrun --standalone --nproc_per_node=4 train_pretrain.py --data out/mine   four GPUs, the same updates
+    python train_pretrain.py --data out/mine --dim 512 --n_layers 8 --n_heads 8  another shape
+
+Each update: gradient_accumulation_steps micro-batches of batch_size rows of max_seq_len tokens, over all ranks.
+"""
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+
+from nanollm import checkpoint, dist, evaluation
+from nanollm.config import UserError, arg, run
+from nanollm.data import Sampler, TokenFile, tokenizer_of
+from nanollm.log import Logger
+from nanollm.losses import IGNORE_INDEX, cross_entropy
+from nanollm.model import ModelArgs, Transformer, flops_per_token, parameter_count
+from nanollm.optim import get_lr, make_optimizer
+
+
+@dataclass
+class Config:
+    data: str = arg("out/demo/data", "directory of token files (prepare_data.py build)")
+    rows: str = arg("stream", "stream: cut one long stream; documents: each row begins at a document's start")
+    init_from: str = arg("", "go on from these weights (continued pretraining); the shape comes from them")
+    out_dir: str = arg("out/pretrain", "where checkpoints and metrics.jsonl go")
+    resume: str = arg("", "auto: go on from the newest checkpoint in out_dir if there is one; or a checkpoint's path")
+    override_schedule: bool = arg(False, "allow --resume with other max_steps or learning-rate options")
+    # the model (ModelArgs)
+    dim: int = arg(128, "width of the residual stream")
+    n_layers: int = arg(4, "number of blocks")
+    n_heads: int = arg(4, "query heads")
+    n_kv_heads: int = arg(0, "key/value heads; 0 = n_heads, fewer = GQA")
+    vocab_size: int = arg(0, "0 = the tokenizer's; larger pads the embedding")
+    multiple_of: int = arg(32, "the FFN width is rounded up to a multiple of this")
+    hidden_dim: int = arg(0, "FFN width; 0 = 2/3 * 4 * dim, rounded up")
+    norm_eps: float = arg(1e-5, "epsilon inside RMSNorm")
+    max_seq_len: int = arg(256, "context length", unit="tokens")
+    rope_theta: float = arg(10000.0, "RoPE base; larger for longer contexts")
+    dropout: float = arg(0.0, "0 for one pass over the data; 0.1 when epochs repeat")
+    tie_embeddings: bool = arg(True, "one matrix for input and output; saves vocab_size * dim parameters")
+    attention: str = arg("sdpa", "sdpa: PyTorch's kernel; naive: softmax(QK^T/sqrt(d))V spelled out")
+    # the run
+    max_steps: int = arg(1000, "length of the run and of the schedule", unit="updates")
+    epochs: float = arg(0.0, "if > 0: passes over the data instead of max_steps")
+    batch_size: int = arg(8, "rows per micro-batch and rank")
+    gradient_accumulation_steps: int = arg(1, "micro-batches per update over all ranks together")
+    optimizer: str = arg("adamw", "adamw, or muon for the blocks' matrices and adamw for the rest")
+    learning_rate: float = arg(1e-3, "peak rate; 3e-4 from about 100 M parameters on")
+    min_lr: float = arg(1e-4, "floor of the schedule, a tenth of the peak")
+    muon_lr: float = arg(0.02, "peak rate of the Muon group")
+    warmup_steps: int = arg(50, "linear warmup from 0; 5 % of the run", unit="updates")
+    schedule: str = arg("cosine", "cosine, wsd (hold, then decay) or constant")
+    weight_decay: float = arg(0.1, "on matrices and embeddings, never on norms")
+    grad_clip: float = arg(1.0, "largest L2 norm of the gradient; 0 = off")
+    dtype: str = arg("auto", "auto: bf16 where native, else fp16 with GradScaler, else fp32")
+    device: str = arg("auto", "auto, cpu, cuda, cuda:N, mps")
+    compile: bool = arg(False, "torch.compile; falls back with one line if there is no compiler")
+    seed: int = arg(0, "initial weights and data order")
+    eval_every: int = arg(100, "validation loss and greedy samples", unit="updates")
+    eval_batches: int = arg(20, "validation batches; 0 = the whole split")
+    save_every: int = arg(500, "checkpoints", unit="updates")
+    log_every: int = arg(10, "console and metrics.jsonl", unit="updates")
+    keep: int = arg(2, "newest checkpoints to keep; 0 = all")
+    sample_prompts: list = arg([], "texts to complete greedily at each evaluation; none = the demo's")
+
+
+def pretrain_loss(model, inputs, targets, segments):
+    """Cross-entropy of every next token, in nats: (sum, count, metrics). Untrained it is ln(vocab_size) a token."""
+    return cross_entropy(model(inputs, segments), targets)
+
+
+@torch.no_grad()
+def validate(model, val, ctx, autocast, cfg):
+    """Mean loss over the validation split, its batches spread over the ranks, and bits per UTF-8 byte of text,
+    which, unlike loss per token, can be compared between tokenizers."""
+    total = torch.zeros(2, device=ctx.device)
+    batches = [range(i, min(i + cfg.batch_size, len(val))) for i in range(0, len(val), cfg.batch_size)]
+    model.eval()
+    for batch in batches[: cfg.eval_batches or None][ctx.rank :: ctx.world_size]:
+        inputs, targets, segments = (t if t is None else t.to(ctx.device) for t in val.batch(batch))
+        with autocast():
+            loss, count, _ = pretrain_loss(model, inputs, targets, segments)
+        total += torch.stack([loss, count])
+    model.train()
+    loss, count = ctx.sum(total).tolist()
+    bytes_per_token = val.meta["n_bytes"] / val.meta["n_tokens"]
+    return {"val/loss": loss / count, "val/bits_per_byte": loss / count / math.log(2) / bytes_per_token}
+
+
+def make_model(cfg, tokenizer):
+    """A fresh Transformer from the flags, or the one in --init_from."""
+    fields = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(ModelArgs)}
+    if cfg.init_from:
+        raw, _, meta = checkpoint.load(cfg.init_from, expect="lm")
+        if meta["tokenizer_hash"] != tokenizer.hash:
+            raise UserError(f"--init_from {cfg.init_from} was trained with another tokenizer than {cfg.data}; tokenize with the model's")
+        for name, value in fields.items():
+            if value != getattr(Config(), name) and value != meta["model"][name]:
+                raise UserError(f"--{name} {value}: the shape comes from --init_from, where it is {meta['model'][name]}; leave it out")
+        return raw
+    if cfg.vocab_size and cfg.vocab_size < tokenizer.vocab_size:
+        raise UserError(f"--vocab_size {cfg.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}; leave it out")
+    try:
+        return Transformer(ModelArgs(**{**fields, "vocab_size": cfg.vocab_size or tokenizer.vocab_size}))
+    except ValueError as e:
+        raise UserError(str(e)) from None
+
+
+def main(cfg):
+    # [shared:setup]
+    ctx = dist.init(cfg.device)
+    dtype = dist.choose_dtype(cfg.dtype, ctx.device)
+    autocast = lambda: dist.autocast(ctx.device, dtype)
+    torch.manual_seed(cfg.seed + ctx.rank)                   # ranks draw different dropout masks
+    # [/shared]
+    tokenizer = tokenizer_of(cfg.data)
+    raw = make_model(cfg, tokenizer).to(ctx.device)
+    T = raw.args.max_seq_len
+    train = TokenFile(cfg.data, "train", T, cfg.rows, tokenizer.hash)
+    val = TokenFile(cfg.data, "val", T, cfg.rows, tokenizer.hash)
+
+    # [shared:engine]
+    sampler = Sampler(len(train), ctx, cfg.batch_size, cfg.gradient_accumulation_steps, cfg.seed, cfg.epochs)
+    max_steps = sampler.steps(cfg.max_steps)
+    optimizer = make_optimizer(raw, cfg.optimizer, cfg.learning_rate, cfg.weight_decay, muon_lr=cfg.muon_lr)
+    scaler = torch.amp.GradScaler(ctx.device.type, enabled=dtype == torch.float16)
+    step, counters = checkpoint.resume(cfg.out_dir, cfg.resume, ctx, raw, optimizer, scaler, cfg, cfg.override_schedule)
+    tokens, start, skipped = counters.get("tokens", 0), step, 0
+    model = dist.DDP(dist.compiled(raw, cfg.compile), ctx).train()
+    log = Logger(cfg.out_dir, ctx.main, step, max_steps)
+    # [/shared]
+    print(f"{parameter_count(raw)} parameters | {flops_per_token(raw, T) / 1e6:.1f} MFLOP a token | {dtype} on {ctx.device}, "
+          f"{ctx.world_size} rank(s)\n{len(train):,} rows of {T} | {sampler.rows_per_step * T:,} tokens an update "
+          f"| {max_steps} updates = {max_steps * sampler.rows_per_step / len(train):.2f} epochs "
+          f"| expected first loss ln {raw.args.vocab_size} = {math.log(raw.args.vocab_size):.2f}", flush=True)
+
+    def evaluate():
+        return validate(model, val, ctx, autocast, cfg) | {"samples": evaluation.sample_prompts(raw, tokenizer, cfg.sample_prompts, "pretrain")}
+
+    while True:
+        # [shared:evaluate_and_save]
+        last = step >= max_steps or ctx.stop_requested()
+        if step % cfg.eval_every == 0 or last:
+            log(step, evaluate())
+        if step > start and (step % cfg.save_every == 0 or last):
+            state = checkpoint.training_state(ctx, optimizer, scaler, tokens=tokens)
+            if ctx.main:
+                checkpoint.save(cfg.out_dir, step, raw, tokenizer, STAGE, cfg, state, cfg.keep)
+            ctx.barrier()
+        if last:
+            break
+        # [/shared]
+        # [shared:learning_rate]
+        lr = get_lr(step + 1, cfg.learning_rate, cfg.min_lr, cfg.warmup_steps, max_steps, cfg.schedule)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        # [/shared]
+        batches = [train.batch(rows) for rows in sampler.micro_batches(step)]
+        count = ctx.sum(sum((targets != IGNORE_INDEX).sum() for _, targets, _ in batches))
+        tokens += int(count)
+        loss = torch.zeros((), device=ctx.device)
+        for micro_step, batch in enumerate(batches):
+            model.sync = micro_step == len(batches) - 1      # gradients travel once an update, with the last micro-batch
+            with autocast():
+                loss_sum, _, _ = pretrain_loss(model, *(t if t is None else t.to(ctx.device) for t in batch))
+            scaler.scale(loss_sum / count * ctx.world_size).backward()     # * world_size: DDP averages over ranks
+            loss += loss_sum.detach()
+        metrics = {}
+        # [shared:update]
+        model.wait()                                         # the averaged gradients are in place, on every rank the same
+        scaler.unscale_(optimizer)                           # clip the true gradient, not the scaled one
+        grad_norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.grad_clip or float("inf"))
+        if torch.isfinite(grad_norm):
+            scaler.step(optimizer)
+            skipped = 0
+        else:                                                # an overflow (fp16) or a broken batch: leave the weights alone
+            skipped += 1
+            print(f"step {step}: the gradient is not finite, update skipped ({skipped} in a row)", flush=True)
+            if skipped == 20:
+                raise UserError("20 updates in a row had a non-finite gradient; lower --learning_rate or look at the data")
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        if step % cfg.log_every == 0 or step == max_steps:
+            means = {f"train/{k}": float(ctx.sum(v) / count) for k, v in {"loss": loss, **metrics}.items()}
+            log(step, {**means, "lr": lr, "grad_norm": float(grad_norm), "tokens": tokens, "tokens_per_s": log.tokens_per_s(tokens)})
+        # [/shared]
+    dist.finish()
+
+
+STAGE = "pretrain"
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)
