@@ -24,7 +24,7 @@ from nanollm.optim import get_lr, make_optimizer
 @dataclass
 class Config:
     data: list = arg(["out/demo/raw/prefs_train.jsonl"], "preference files: prompt (or conversations), chosen, rejected")
-    val_data: list = arg(["out/demo/raw/prefs_val.jsonl"], "held-out pairs; none = hold out --val_fraction of data")
+    val_data: list = arg([], "held-out pairs; none = hold out --val_fraction of data")
     val_fraction: float = arg(0.05, "share of the pairs held out when there is no val_data")
     init_from: str = arg("out/demo/sft", "the SFT model: policy at the start, and reference")
     out_dir: str = arg("out/dpo", "where checkpoints and metrics.jsonl go")
@@ -61,7 +61,7 @@ class Config:
     lora_dropout: float = arg(0.0, "dropout on the adapter's input")
     lora_targets: list = arg(["wq", "wk", "wv", "wo", "w1", "w2", "w3"], "which matrices")
     merge_on_save: bool = arg(False, "also write OUT/merged: base and adapter as one plain model")
-    sample_prompts: list = arg([], "questions to answer greedily at each evaluation; none = the demo's")
+    sample_prompts: list = arg([], "questions to answer greedily at each evaluation; none = the first validation questions")
 
 
 def preference_loss(model, reference, inputs, targets, beta):
@@ -128,9 +128,11 @@ def main(cfg):
           f"| {dtype} on {ctx.device}, {ctx.world_size} rank(s)\n{len(train):,} pairs | {sampler.rows_per_step} pairs an update "
           f"| {max_steps} updates | expected first loss ln 2 = 0.6931", flush=True)
 
+    prompts = cfg.sample_prompts or val.questions[:3]
+
     def evaluate():
         return validate(model, reference, val, ctx, autocast, cfg) | {
-            "samples": evaluation.sample_prompts(raw, tokenizer, cfg.sample_prompts, STAGE)}
+            "samples": evaluation.sample_prompts(raw, tokenizer, prompts, STAGE)}
 
     while True:
         # [shared:evaluate_and_save]

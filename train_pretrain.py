@@ -65,7 +65,7 @@ class Config:
     save_every: int = arg(500, "checkpoints", unit="updates")
     log_every: int = arg(10, "console and metrics.jsonl", unit="updates")
     keep: int = arg(2, "newest checkpoints to keep; 0 = all")
-    sample_prompts: list = arg([], "texts to complete greedily at each evaluation; none = the demo's")
+    sample_prompts: list = arg([], "texts to complete greedily at each evaluation; none = openings of validation documents")
 
 
 def pretrain_loss(model, inputs, targets, segments):
@@ -138,8 +138,10 @@ def main(cfg):
           f"| {max_steps} updates = {max_steps * sampler.rows_per_step / len(train):.2f} epochs "
           f"| expected first loss ln {raw.args.vocab_size} = {math.log(raw.args.vocab_size):.2f}", flush=True)
 
+    prompts = cfg.sample_prompts or val.openings(tokenizer)
+
     def evaluate():
-        return validate(model, val, ctx, autocast, cfg) | {"samples": evaluation.sample_prompts(raw, tokenizer, cfg.sample_prompts, "pretrain")}
+        return validate(model, val, ctx, autocast, cfg) | {"samples": evaluation.sample_prompts(raw, tokenizer, prompts, STAGE)}
 
     while True:
         # [shared:evaluate_and_save]

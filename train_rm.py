@@ -23,7 +23,7 @@ from nanollm.optim import get_lr, make_optimizer
 @dataclass
 class Config:
     data: list = arg(["out/demo/raw/prefs_train.jsonl"], "preference files: prompt (or conversations), chosen, rejected")
-    val_data: list = arg(["out/demo/raw/prefs_val.jsonl"], "held-out pairs; none = hold out --val_fraction of data")
+    val_data: list = arg([], "held-out pairs; none = hold out --val_fraction of data")
     val_fraction: float = arg(0.05, "share of the pairs held out when there is no val_data")
     init_from: str = arg("out/demo/sft", "the SFT model whose body reads the answers")
     out_dir: str = arg("out/rm", "where checkpoints and metrics.jsonl go")

@@ -24,7 +24,7 @@ from nanollm.optim import get_lr, make_optimizer
 @dataclass
 class Config:
     data: list = arg(["out/demo/raw/chat_train.jsonl"], "chat files: .jsonl, .json, .parquet")
-    val_data: list = arg(["out/demo/raw/chat_val.jsonl"], "held-out chats; none = hold out --val_fraction of data")
+    val_data: list = arg([], "held-out chats; none = hold out --val_fraction of data")
     val_fraction: float = arg(0.05, "share of the rows held out when there is no val_data")
     init_from: str = arg("out/demo/pretrain", "the pretrained model; shape and tokenizer come from it")
     out_dir: str = arg("out/sft", "where checkpoints and metrics.jsonl go")
@@ -61,7 +61,7 @@ class Config:
     lora_dropout: float = arg(0.0, "dropout on the adapter's input")
     lora_targets: list = arg(["wq", "wk", "wv", "wo", "w1", "w2", "w3"], "which matrices")
     merge_on_save: bool = arg(False, "also write OUT/merged: base and adapter as one plain model")
-    sample_prompts: list = arg([], "questions to answer greedily at each evaluation; none = the demo's")
+    sample_prompts: list = arg([], "questions to answer greedily at each evaluation; none = the first validation questions")
 
 
 def sft_loss(model, inputs, targets, segments):
@@ -119,8 +119,10 @@ def main(cfg):
           f"| {dtype} on {ctx.device}, {ctx.world_size} rank(s)\n{len(train.examples):,} chats in {len(train):,} rows, "
           f"{train.n_supervised:,} supervised tokens | {sampler.rows_per_step} rows an update | {max_steps} updates", flush=True)
 
+    prompts = cfg.sample_prompts or val.questions[:3]
+
     def evaluate():
-        return validate(model, val, ctx, autocast, cfg) | {"samples": evaluation.sample_prompts(raw, tokenizer, cfg.sample_prompts, STAGE)}
+        return validate(model, val, ctx, autocast, cfg) | {"samples": evaluation.sample_prompts(raw, tokenizer, prompts, STAGE)}
 
     while True:
         # [shared:evaluate_and_save]

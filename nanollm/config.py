@@ -49,7 +49,7 @@ def convert(key, value, default, where):
                 raise ValueError
             return int(value) if isinstance(value, int) or str(value).lstrip("+-").isdigit() else int(number)
         if kind is list:
-            return [str(v) for v in value] if isinstance(value, list) else [str(value)]
+            return [str(v) for v in (value if isinstance(value, list) else [value]) if v != ""]
         return kind(value)
     except (ValueError, TypeError, OverflowError):
         raise UserError(f"{where}: --{key} wants {kind.__name__}, got {value!r}") from None
@@ -104,9 +104,9 @@ def parse(cls, argv):
             if not isinstance(defaults.get(key), list):
                 break
         if not values:
-            if not isinstance(defaults.get(key), bool):
+            if not isinstance(defaults.get(key), (bool, list)):
                 raise UserError(f"command line: --{key} needs a value")
-            values = ["true"]
+            values = [] if isinstance(defaults[key], list) else ["true"]
         given[key] = values if isinstance(defaults.get(key), list) else values[0]
 
     merged = dict(defaults)

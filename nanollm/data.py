@@ -185,6 +185,12 @@ class TokenFile:
         if not self.bins:
             raise UserError(f"{path} holds no document; use more text or a larger --val_fraction in prepare_data.py")
 
+    def openings(self, tokenizer, n=3, length=8):
+        """The first few tokens of the first documents as text: prompts for the log when none are given."""
+        starts = np.concatenate(([0], self.ends[:-1]))[:n]
+        texts = [tokenizer.decode(self.tokens[i : min(i + length, end - 1)].tolist()) for i, end in zip(starts, self.ends)]
+        return [t.rstrip("\ufffd") for t in texts]                         # a cut may split a character's bytes
+
     def __len__(self):
         return (len(self.tokens) - 1) // self.T if self.rows == "stream" else len(self.bins)
 
@@ -440,15 +446,17 @@ class ChatRows:
 
     def __init__(self, rows, tok, max_seq_len, pack_rows=True, out_dir=None, max_bad=0.1):
         """rows: [(where, row)] as read_rows returns them."""
-        self.pad_id, self.examples, bad = tok.pad_id, [], []
+        self.pad_id, self.examples, self.questions, bad = tok.pad_id, [], [], []
         for where, row in rows:
             try:
-                fitted = fit_chat(tok, to_messages(row), max_seq_len + 1)
+                messages = to_messages(row)
+                fitted = fit_chat(tok, messages, max_seq_len + 1)
                 if fitted is None:
                     raise ValueError(f"no answer token fits into --max_seq_len {max_seq_len}")
                 ids, mask = fitted
                 targets = [t if m else IGNORE_INDEX for t, m in zip(ids[1:], mask[1:])]
                 self.examples.append((ids[:-1], targets))
+                self.questions.append(next(m["content"] for m in messages if m["role"] == "user"))
             except ValueError as e:
                 bad.append((where, str(e), json.dumps(row, ensure_ascii=False, default=str)[:200]))
         report_bad(bad, len(rows), out_dir, max_bad)
@@ -476,15 +484,17 @@ class PreferenceRows:
 
     def __init__(self, rows, tok, max_seq_len, out_dir=None, max_bad=0.1):
         """rows: [(where, row)] as read_rows returns them."""
-        self.pad_id, self.pairs, bad = tok.pad_id, [], []
+        self.pad_id, self.pairs, self.questions, bad = tok.pad_id, [], [], []
         too_long = 0
         for where, row in rows:
             try:
-                pair = fit_pair(tok, *to_preference(row), max_seq_len)
+                prompt, chosen, rejected = to_preference(row)
+                pair = fit_pair(tok, prompt, chosen, rejected, max_seq_len)
                 if pair is None:
                     too_long += 1
                 else:
                     self.pairs.append(pair)
+                    self.questions.append(prompt[-1]["content"])
             except ValueError as e:
                 bad.append((where, str(e), json.dumps(row, ensure_ascii=False, default=str)[:200]))
         if too_long:

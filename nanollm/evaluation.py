@@ -4,6 +4,7 @@ Every function takes a model and plain data and returns plain numbers; nothing i
 give the same table. Log-probabilities are in nats unless a name says bits.
 """
 import csv
+import itertools
 import math
 from pathlib import Path
 
@@ -52,37 +53,47 @@ def continuation_losses(model, pairs):
     return losses
 
 
-def token_losses(model, tok, texts):
-    """Whole documents as pretraining sees them, <|endoftext|> before and after: [(ids incl. the final EOS, losses)].
-    Raises UserError if one does not fit into the context."""
-    documents = [tok.encode(text) + [tok.eos_id] for text in texts]
-    if too_long := [text for text, ids in zip(texts, documents) if len(ids) > model.args.max_seq_len]:
-        raise UserError(f"{len(too_long)} documents are longer than the model's context of {model.args.max_seq_len} tokens, "
-                        f"the first: {too_long[0][:60]!r}")
-    return list(zip(documents, continuation_losses(model, [([tok.eos_id], ids) for ids in documents])))
+def pieces(data, tok, max_seq_len):
+    """Documents as pairs for continuation_losses, each token predicted once, the first from the <|endoftext|> before it.
+    data: a TokenFile with rows="documents", or an iterable of texts. What is longer than the context is cut into
+    windows of max_seq_len that begin without memory."""
+    if hasattr(data, "piece"):
+        for i in range(len(data.begin)):
+            inputs, targets = data.piece(i)
+            yield inputs[:1].tolist(), targets.tolist()
+        return
+    for text in data:
+        ids = [tok.eos_id] + tok.encode(text) + [tok.eos_id]
+        for start in range(0, len(ids) - 1, max_seq_len):
+            yield ids[start : start + 1], ids[start + 1 : start + 1 + max_seq_len]
 
 
 def lm_loss(model, tok, data, max_tokens=0):
-    """Loss on held-out documents: data is a TokenFile with rows="documents", so that every piece begins at a document's
-    start (or goes on in one that is longer than the context). max_tokens 0 = all of them.
+    """Loss on held-out documents (see pieces), each of which begins its window. max_tokens 0 = all of them.
 
     loss is the mean over tokens, EOS included; ppl = exp(loss) and depends on the tokenizer. bits_per_byte divides
     the bits of all text tokens by the UTF-8 bytes they stand for, which no choice of tokens can change: compare that.
     """
     total = text_nats = tokens = n_bytes = 0
     size = [len(tok.token_bytes(i)) for i in range(tok.vocab_size)]
-    for start in range(0, len(data.begin), 512):
-        pieces = [data.piece(i) for i in range(start, min(start + 512, len(data.begin)))]
-        targets = [t.tolist() for _, t in pieces]
-        for ids, nll in zip(targets, continuation_losses(model, [([int(x[0])], t) for (x, _), t in zip(pieces, targets)])):
+    stream = pieces(data, tok, model.args.max_seq_len)
+    while (part := list(itertools.islice(stream, 512))) and not (max_tokens and tokens >= max_tokens):
+        for (_, ids), nll in zip(part, continuation_losses(model, part)):
             weight = torch.tensor([size[t] for t in ids])
             total, tokens = total + nll.sum().item(), tokens + len(ids)
             text_nats, n_bytes = text_nats + nll[weight > 0].sum().item(), n_bytes + int(weight.sum())
-        if max_tokens and tokens >= max_tokens:
-            break
+    if not tokens:
+        raise UserError("there is no text to evaluate on: the split is empty")
     loss = total / tokens
     return {"loss": loss, "ppl": math.exp(min(loss, 700)), "bits_per_byte": text_nats / math.log(2) / max(n_bytes, 1),
             "tokens": tokens, "bytes": n_bytes}
+
+
+def token_losses(model, tok, texts):
+    """For each text: (ids incl. the closing <|endoftext|>, -log p of each)."""
+    cut = [list(pieces([text], tok, model.args.max_seq_len)) for text in texts]
+    losses = iter(continuation_losses(model, [pair for parts in cut for pair in parts]))
+    return [([t for _, ids in parts for t in ids], torch.cat([next(losses) for _ in parts])) for parts in cut]
 
 
 def loss_by_kind(model, tok, texts, parse):
@@ -243,10 +254,11 @@ def answers(model, tok, prompts, max_new_tokens=128, temperature=0.0, seed=0, ba
     return out
 
 
-def sample_prompts(model, tok, prompts, chat=False, max_new_tokens=64):
-    """Greedy texts for a few fixed prompts (strings), for the log: [{"prompt", "text"}]. chat: each is a user's message."""
-    asked = [[{"role": "user", "content": p}] if chat else p for p in prompts]
-    return [{"prompt": p, "text": text} for p, (text, _) in zip(prompts, answers(model, tok, asked, max_new_tokens))] if prompts else []
+def sample_prompts(model, tok, prompts, stage="pretrain", max_new_tokens=64):
+    """Greedy texts for a few fixed prompts (strings), for the log: [{"prompt", "text"}]. A pretrained model goes on with
+    the text; after any other stage the text is a user's message."""
+    asked = prompts if stage == "pretrain" else [[{"role": "user", "content": p}] for p in prompts]
+    return [{"prompt": p, "text": text} for p, (text, _) in zip(prompts, answers(model, tok, asked, max_new_tokens))]
 
 
 def exact_match(rows, replies, correct):

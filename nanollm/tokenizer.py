@@ -344,7 +344,8 @@ def render(tok, messages, add_generation_prompt=False):
     for message in messages:
         train = message["role"] == "assistant" and message.get("train", 1)
         add([tok.im_start_id, *tok.encode(message["role"] + "\n")], False)
-        add([*tok.encode(message["content"]), tok.im_end_id], train)
+        content = message["content"]                                       # text, or ids that were cut to fit already
+        add([*(content if isinstance(content, list) else tok.encode(content)), tok.im_end_id], train)
         add(tok.encode("\n"), False)
     if add_generation_prompt:
         add([tok.im_start_id, *tok.encode("assistant\n")], False)
