@@ -1,8 +1,8 @@
 """Pretraining: predict the next token, over token files made by prepare_data.py.
 
     python train_pretrain.py --config configs/demo/pretrain.toml                 one process, CPU or one GPU
-    torchrun --standalone --nproc_per_node=4 train_pretrain.py --data out/mine   four GPUs, the same updates
-    python train_pretrain.py --data out/mine --dim 512 --n_layers 8 --n_heads 8  another shape
+    torchrun --standalone --nproc_per_node=4 train_pretrain.py --data out/mine/tokens   four GPUs, the same updates
+    python train_pretrain.py --data out/mine/tokens --dim 512 --n_layers 8 --n_heads 8  another shape
 
 Each update: gradient_accumulation_steps micro-batches of batch_size rows of max_seq_len tokens, over all ranks.
 """
@@ -23,7 +23,7 @@ from nanollm.optim import get_lr, make_optimizer
 
 @dataclass
 class Config:
-    data: str = arg("out/demo/data", "directory of token files (prepare_data.py build)")
+    data: str = arg("out/demo/tokens", "directory of token files (prepare_data.py build)")
     rows: str = arg("stream", "stream: cut one long stream; documents: each row begins at a document's start")
     init_from: str = arg("", "go on from these weights (continued pretraining); the shape comes from them")
     out_dir: str = arg("out/pretrain", "where checkpoints and metrics.jsonl go")
@@ -60,10 +60,10 @@ class Config:
     device: str = arg("auto", "auto, cpu, cuda, cuda:N, mps")
     compile: bool = arg(False, "torch.compile; falls back with one line if there is no compiler")
     seed: int = arg(0, "initial weights and data order")
-    eval_every: int = arg(100, "validation loss and greedy samples", unit="updates")
+    eval_every: int = arg(100, "validation loss and greedy samples", unit="updates", least=1)
     eval_batches: int = arg(20, "validation batches; 0 = the whole split")
-    save_every: int = arg(500, "checkpoints", unit="updates")
-    log_every: int = arg(10, "console and metrics.jsonl", unit="updates")
+    save_every: int = arg(500, "checkpoints", unit="updates", least=1)
+    log_every: int = arg(10, "console and metrics.jsonl", unit="updates", least=1)
     keep: int = arg(2, "newest checkpoints to keep; 0 = all")
     sample_prompts: list = arg([], "texts to complete greedily at each evaluation; none = openings of validation documents")
 
@@ -191,7 +191,7 @@ def main(cfg):
             means = {f"train/{k}": float(ctx.sum(v) / count) for k, v in {"loss": loss, **metrics}.items()}
             log(step, {**means, "lr": lr, "grad_norm": float(grad_norm), "tokens": tokens, "tokens_per_s": log.tokens_per_s(tokens)})
         # [/shared]
-    dist.finish()
+    dist.finish(ctx)
 
 
 STAGE = "pretrain"

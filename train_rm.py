@@ -48,9 +48,9 @@ class Config:
     device: str = arg("auto", "auto, cpu, cuda, cuda:N, mps")
     compile: bool = arg(False, "torch.compile; falls back with one line if there is no compiler")
     seed: int = arg(0, "data order")
-    eval_every: int = arg(100, "validation", unit="updates")
-    save_every: int = arg(500, "checkpoints", unit="updates")
-    log_every: int = arg(10, "console and metrics.jsonl", unit="updates")
+    eval_every: int = arg(100, "validation", unit="updates", least=1)
+    save_every: int = arg(500, "checkpoints", unit="updates", least=1)
+    log_every: int = arg(10, "console and metrics.jsonl", unit="updates", least=1)
     keep: int = arg(2, "newest checkpoints to keep; 0 = all")
     max_bad: float = arg(0.1, "largest share of unusable rows before the run refuses to start")
 
@@ -65,8 +65,7 @@ def validate(model, val, ctx, autocast, cfg):
     """Loss, accuracy (strict: a tie is a miss), mean scores, and what always preferring the longer answer would score."""
     total, sums = torch.zeros(2, device=ctx.device), {}
     batches = [range(i, min(i + cfg.batch_size, len(val))) for i in range(0, len(val), cfg.batch_size)]
-    model.eval()
-    for batch in batches[ctx.rank :: ctx.world_size]:
+    for batch in batches[ctx.rank :: ctx.world_size] or [[]]:               # a rank without a batch joins the sums with zeros
         ids, lengths = (t.to(ctx.device) for t in val.scored_batch(batch))
         with autocast():
             loss, count, metrics = pair_loss(model, ids, lengths, cfg.center)
@@ -74,7 +73,6 @@ def validate(model, val, ctx, autocast, cfg):
         metrics["longer_wins"] = (chosen > rejected).sum()
         total += torch.stack([loss, count])
         sums = {k: sums.get(k, 0) + v for k, v in metrics.items()}
-    model.train()
     loss, count = ctx.sum(total).tolist()
     return {"val/loss": loss / count} | {f"val/{k}": float(ctx.sum(v)) / count for k, v in sums.items()}
 
@@ -159,7 +157,7 @@ def main(cfg):
             means = {f"train/{k}": float(ctx.sum(v) / count) for k, v in {"loss": loss, **metrics}.items()}
             log(step, {**means, "lr": lr, "grad_norm": float(grad_norm), "tokens": tokens, "tokens_per_s": log.tokens_per_s(tokens)})
         # [/shared]
-    dist.finish()
+    dist.finish(ctx)
 
 
 STAGE = "rm"

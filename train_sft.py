@@ -49,9 +49,9 @@ class Config:
     device: str = arg("auto", "auto, cpu, cuda, cuda:N, mps")
     compile: bool = arg(False, "torch.compile; falls back with one line if there is no compiler")
     seed: int = arg(0, "data order")
-    eval_every: int = arg(100, "validation", unit="updates")
-    save_every: int = arg(500, "checkpoints", unit="updates")
-    log_every: int = arg(10, "console and metrics.jsonl", unit="updates")
+    eval_every: int = arg(100, "validation", unit="updates", least=1)
+    save_every: int = arg(500, "checkpoints", unit="updates", least=1)
+    log_every: int = arg(10, "console and metrics.jsonl", unit="updates", least=1)
     keep: int = arg(2, "newest checkpoints to keep; 0 = all")
     max_bad: float = arg(0.1, "largest share of unusable rows before the run refuses to start")
     # LoRA
@@ -177,7 +177,7 @@ def main(cfg):
     if cfg.merge_on_save and cfg.peft and ctx.main:
         peft.merge_lora(raw)
         print("merged:", checkpoint.save(f"{cfg.out_dir}/merged", step, raw, tokenizer, STAGE, cfg))
-    dist.finish()
+    dist.finish(ctx)
 
 
 STAGE = "sft"

@@ -157,8 +157,11 @@ def resume(out_dir, which, ctx, model, optimizer, scaler, config, override_sched
     meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
     schedule = {"max_steps", "epochs", "learning_rate", "min_lr", "warmup_steps", "schedule", "muon_lr"}
     free = {"out_dir", "resume", "override_schedule", "eval_every", "save_every", "log_every", "keep", "device", "compile",
-            "eval_batches", "tensorboard", "batch_size", "max_bad"}          # batch_size only splits the same rows differently
+            "eval_batches", "tensorboard", "max_bad", "sample_prompts", "merge_on_save"}
     now, then = dataclasses.asdict(config), meta["config"]
+    split = ("batch_size", "gradient_accumulation_steps")     # 8 x 2 and 4 x 4 are the same rows in the same update
+    if now[split[0]] * now[split[1]] == then.get(split[0], 0) * then.get(split[1], 0):
+        free |= set(split)
     changed = [k for k in now if k in then and k not in free and now[k] != then[k]]
     for key in changed:
         if key not in schedule or not override_schedule:
@@ -169,8 +172,11 @@ def resume(out_dir, which, ctx, model, optimizer, scaler, config, override_sched
     if not (path / "training.pt").exists():
         raise UserError(f"{path} holds no training state to resume from; start from its weights with --init_from instead")
     training = read(path, "training.pt")
-    model.load_state_dict(read(path, "model.pt"))
-    optimizer.load_state_dict(training.pop("optimizer"))
+    try:
+        model.load_state_dict(read(path, "model.pt"))
+        optimizer.load_state_dict(training.pop("optimizer"))
+    except (RuntimeError, ValueError, KeyError):
+        raise UserError(f"--resume: {path} ({meta['stage']}) is not a checkpoint of this model; use --init_from for its weights") from None
     scaler.load_state_dict(training.pop("scaler"))
     rng = training.pop("rng")
     if len(rng) == ctx.world_size:                            # another number of ranks: fresh random states

@@ -12,6 +12,7 @@ line, is refused with the nearest valid one; nothing is ever silently ignored.
 """
 import dataclasses
 import difflib
+import math
 import os
 import sys
 import tomllib
@@ -21,9 +22,10 @@ class UserError(Exception):
     """A mistake the user can mend: one sentence that says what, where and what to do. Exit code 2."""
 
 
-def arg(default, help, unit=""):
-    """A dataclass field that carries its own help text. Lists (for several paths) may be defaults too."""
-    metadata = {"help": help, "unit": unit}
+def arg(default, help, unit="", least=0):
+    """A dataclass field that carries its own help text; a number below `least` is refused. Lists (for several paths) may
+    be defaults too."""
+    metadata = {"help": help, "unit": unit, "least": least}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -50,6 +52,8 @@ def convert(key, value, default, where):
             return int(value) if isinstance(value, int) or str(value).lstrip("+-").isdigit() else int(number)
         if kind is list:
             return [str(v) for v in (value if isinstance(value, list) else [value]) if v != ""]
+        if kind is str and not isinstance(value, str):
+            raise ValueError
         return kind(value)
     except (ValueError, TypeError, OverflowError):
         raise UserError(f"{where}: --{key} wants {kind.__name__}, got {value!r}") from None
@@ -114,6 +118,10 @@ def parse(cls, argv):
         path = given.pop("config")
         merged |= {k: convert(k, v, defaults[k], path) for k, v in read_toml(path, fields).items()}
     merged |= {k: convert(k, v, defaults[k], "command line") for k, v in given.items()}
+    for key, value in merged.items():
+        least = fields[key].metadata.get("least", 0)
+        if isinstance(value, (int, float)) and not least <= value < math.inf:
+            raise UserError(f"--{key} {value}: wants a finite number of at least {least}")
     return cls(**merged)
 
 

@@ -56,7 +56,7 @@ class Sampler:
                             f"the {W} ranks; the nearest values are {max(1, G // W) * W} and {(G // W + 1) * W}")
         self.n, self.seed, self.batch_size, self.G = n_rows, seed, batch_size, G
         self.rank, self.world_size = ctx.rank, W
-        self.total = round(epochs * n_rows) if epochs else None           # None = endless
+        self.total = max(1, round(epochs * n_rows)) if epochs else None   # None = endless
         self.rows_per_step = batch_size * G
 
     def steps(self, max_steps):
@@ -137,7 +137,7 @@ def tokenizer_of(directory):
                         f"build --input {directory} --out DIR` writes (chat rows go to train_sft.py, pairs to train_dpo.py)")
     if not (directory / "tokenizer").is_dir():
         raise UserError(f"--data {directory} holds no token files; make them with `python prepare_data.py build --input YOUR_TEXT "
-                        f"--out {directory} --vocab_size 6400`, or run `bash runs/speedrun.sh` for the demo")
+                        f"--out DIR --vocab_size 6400` (then --data DIR/tokens), or run `bash runs/speedrun.sh` for the demo")
     return tokenizers.load(directory / "tokenizer")
 
 
@@ -158,19 +158,21 @@ class TokenFile:
             self.meta = json.loads((directory / f"{split}.json").read_text(encoding="utf-8"))
             dtype = {"uint16": "<u2", "uint32": "<u4"}[self.meta["dtype"]]
             size, want = path.stat().st_size, self.meta["n_tokens"] * np.dtype(dtype).itemsize
+            self.eos_id, made_by = self.meta["eos_id"], self.meta["tokenizer_hash"]
+            self.ends = np.fromfile(directory / f"{split}.idx", dtype="<u8").astype(np.int64)
         except FileNotFoundError:
             raise UserError(f"--data {directory} has no {split} token file; make it with `python prepare_data.py build "
                             f"--input YOUR_TEXT --out {directory}`, or `bash runs/speedrun.sh` for the demo") from None
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             raise UserError(f"{directory / (split + '.json')} does not describe a token file; make it again with prepare_data.py") from None
         if size != want:
             raise UserError(f"{path} has {size:,} bytes where {split}.json promises {want:,}: a truncated copy; copy or build it again")
-        if tokenizer_hash and tokenizer_hash != self.meta["tokenizer_hash"]:
-            raise UserError(f"{directory} was tokenized with another tokenizer (hash {self.meta['tokenizer_hash'][:8]}) than the "
+        if len(self.ends) != self.meta["n_docs"] or self.ends[-1:].sum() != self.meta["n_tokens"]:
+            raise UserError(f"{directory / (split + '.idx')} does not belong to {split}.bin; copy or build both again")
+        if tokenizer_hash and tokenizer_hash != made_by:
+            raise UserError(f"{directory} was tokenized with another tokenizer (hash {made_by[:8]}) than the "
                             f"model's ({tokenizer_hash[:8]}); tokenize the text again with the model's tokenizer")
-        self.eos_id = self.meta["eos_id"]
         self.tokens = np.memmap(path, dtype=dtype, mode="r") if want else np.empty(0, dtype)
-        self.ends = np.fromfile(directory / f"{split}.idx", dtype="<u8").astype(np.int64)
         if rows == "stream":
             if len(self.tokens) < max_seq_len + 1:
                 raise UserError(f"{path} has {len(self.tokens):,} tokens, less than one row of --max_seq_len {max_seq_len} (and its "
@@ -236,7 +238,7 @@ def read_rows(paths, out_dir=None, max_bad=0.1):
         if name.endswith(".json"):
             try:
                 table = json.loads(raw.decode("utf-8"))
-            except ValueError as e:
+            except (ValueError, RecursionError) as e:
                 raise UserError(f"{path} is not a JSON file: {e}; one object a line goes into a .jsonl file") from None
             table = table if isinstance(table, list) else [table]
             rows += [(f"{path}:{i}", r) for i, r in enumerate(table, 1) if isinstance(r, dict)]
@@ -289,7 +291,7 @@ def messages_from(items):
         if not isinstance(item, dict):
             raise ValueError("a message is not an object")
         role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise ValueError(f"unknown role {role!r}")
         if not isinstance(content, str) or not content.strip():
             raise ValueError(f"empty or non-text {ROLES[role]} message")
@@ -313,8 +315,10 @@ def question_of(row):
             return messages_from(row[key])
     for key in ("prompt", "question", "instruction"):
         if isinstance(row.get(key), str):
-            extra = row.get("input") or ""
-            history = [m for q, a in row.get("history") or [] for m in ({"role": "user", "content": q}, {"role": "assistant", "content": a})]
+            extra, history = row.get("input") or "", row.get("history") or []
+            if not isinstance(extra, str) or not isinstance(history, list) or any(not isinstance(h, list) or len(h) != 2 for h in history):
+                raise ValueError("input is not a text or history is no list of [question, answer]")
+            history = [m for q, a in history for m in ({"role": "user", "content": q}, {"role": "assistant", "content": a})]
             system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
             text = row[key].strip() + ("\n" + extra.strip() if extra.strip() else "") if key == "instruction" else row[key]
             return messages_from(system + history + [{"role": "user", "content": text}])
@@ -373,11 +377,17 @@ def to_preference(row):
     if not prompt or prompt[-1]["role"] == "assistant":
         raise ValueError("the prompt does not end with the user")
     for side in (chosen[0], rejected[0]):
-        if not isinstance(side["content"], str) or not side["content"].strip() or ROLES.get(side["role"]) != "assistant":
+        if not isinstance(side["content"], str) or not side["content"].strip() or ROLES.get(str(side["role"])) != "assistant":
             raise ValueError("an answer is empty or not the assistant's")
     if chosen[0]["content"].strip() == rejected[0]["content"].strip():
         raise ValueError("chosen and rejected are the same")
     return prompt, chosen[0]["content"], rejected[0]["content"]
+
+
+def content_at(tok, messages, i):
+    """(first position, length) of the content of message i in the rendered ids, where text can be cut out."""
+    begin = len(render(tok, messages[:i])[0]) + 1 + len(tok.encode(messages[i]["role"] + "\n"))
+    return begin, len(tok.encode(messages[i]["content"]))
 
 
 def fit_chat(tok, messages, max_len):
@@ -394,10 +404,9 @@ def fit_chat(tok, messages, max_len):
     if len(ids) > max_len:
         first = messages[: turns[0]]
         user = max(i for i, m in enumerate(first) if m["role"] == "user")
-        content = tok.encode(first[user]["content"])
-        keep = max(max_len // 4, len(content) - (len(ids) - max_len))
-        first = [{**m, "content": content[-keep:]} if i == user else m for i, m in enumerate(first)]
-        ids, mask = render(tok, first)
+        begin, size = content_at(tok, first, user)
+        cut = max(0, min(len(ids) - max_len, size - max_len // 4))
+        ids, mask = (x[:begin] + x[begin + cut :] for x in (ids, mask))
         ids, mask = ids[:max_len], mask[:max_len]
     return (ids, mask) if any(mask) else None
 
@@ -414,11 +423,11 @@ def fit_pair(tok, prompt, chosen, rejected, max_len):
             turns = turns[1:]
     ids = render(tok, system + turns, True)[0]
     if len(ids) > room:
-        content = tok.encode(turns[-1]["content"])
-        keep = len(content) - (len(ids) - room)
-        if keep < 1:
+        begin, size = content_at(tok, system + turns, len(system + turns) - 1)
+        cut = len(ids) - room
+        if cut >= size:
             return None
-        ids = render(tok, system + turns[:-1] + [{**turns[-1], "content": content[-keep:]}], True)[0]
+        ids = ids[:begin] + ids[begin + cut :]
     return ids, answers[0], answers[1]
 
 

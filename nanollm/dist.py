@@ -22,6 +22,7 @@ class Context:
     device: torch.device
     main: bool                                   # rank 0: the one that prints and writes
     interrupted: list = field(default_factory=list)
+    handlers: dict = field(default_factory=dict)  # what Ctrl-C and SIGTERM did before
 
     def sum(self, value):
         """The sum of a number or tensor over all ranks, on every rank."""
@@ -81,14 +82,19 @@ def init(device="auto"):
             print("\nstopping: the checkpoint is written after this step (once more to quit at once)", flush=True)
 
     with contextlib.suppress(ValueError):                    # not in the main thread (a notebook's, say): leave them
-        signal.signal(signal.SIGINT, remember)
-        signal.signal(signal.SIGTERM, remember)
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            ctx.handlers[signum] = signal.signal(signum, remember)
     return ctx
 
 
-def finish():
+def finish(ctx):
+    """Leave the group. A run that was stopped ends with code 130, so that what called it does not take it for done."""
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()
+    for signum, handler in ctx.handlers.items():             # a notebook's Ctrl-C is its own again
+        signal.signal(signum, handler)
+    if ctx.interrupted:
+        sys.exit(130)
 
 
 def choose_dtype(wanted, device):

@@ -26,7 +26,7 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, 
     if top_p < 1:
         order = logits.sort(-1, descending=True)
         probs = order.values.softmax(-1)
-        beyond = probs.cumsum(-1) - probs >= top_p               # what lies before it already reaches p
+        beyond = probs.cumsum(-1) - probs >= max(top_p, 1e-9)    # what lies before it already reaches p
         logits = logits.masked_fill(beyond.scatter(-1, order.indices, beyond), float("-inf"))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
 

@@ -13,6 +13,8 @@ def get_lr(it, learning_rate, min_lr, warmup_steps, decay_steps, schedule="cosin
     wsd: warmup, stable, decay: hold the peak, go down linearly over the last 30 % (Hu et al. 2024, section 4).
     constant: hold the peak. The first update uses it = 1: at it = 0 the rate is 0 and nothing would move.
     """
+    if schedule not in ("cosine", "wsd", "constant"):
+        raise UserError(f"--schedule {schedule} is unknown; use cosine, wsd or constant")
     if it < warmup_steps:
         return learning_rate * it / warmup_steps
     if schedule == "constant":
@@ -83,7 +85,7 @@ def make_optimizer(model, kind="adamw", learning_rate=3e-4, weight_decay=0.1, be
         {"params": [p for n, p in named if p.dim() >= 2 and not in_block(n, p)], "weight_decay": weight_decay},
         {"params": [p for n, p in named if p.dim() < 2], "weight_decay": 0.0},
         {"params": [p for n, p in named if in_block(n, p)], "weight_decay": weight_decay, "muon": True,
-         "momentum": 0.95, "lr_scale": muon_lr / learning_rate},
+         "momentum": 0.95, "lr_scale": muon_lr / (learning_rate or 1)},
     ]
     groups = [{"muon": False, "lr_scale": 1.0, **g} for g in groups if g["params"]]
     cls = Muon if kind == "muon" else torch.optim.AdamW

@@ -2,20 +2,20 @@
 
     python -m nanollm.tools.step STAGE RUN_DIR COMMAND…          (runs/speedrun.sh is made of these)
 
-A step is complete when RUN_DIR/steps/STAGE.json exists, holds the same command, and no step before it has run again
-since. It is written only after the command has ended well, so an interrupted step runs again, and the training
-scripts themselves go on from their newest checkpoint. Seconds and peak memory go to RUN_DIR/stages.jsonl.
+A step is complete when RUN_DIR/steps/STAGE.json records the same command with the same --config file. It is written
+only after the command has ended well, so an interrupted step runs again, and the training scripts then go on from
+their newest checkpoint. Seconds and peak memory go to RUN_DIR/stages.jsonl.
 """
 import json
-import os
+import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 
-def peak_rss_mb(peak_before):
-    """Largest resident memory of any child so far, in MB; None on systems that do not tell (Windows)."""
+def peak_rss_mb():
+    """Largest resident memory of the child that has just ended, in MB; None on systems that do not tell (Windows)."""
     try:
         import resource
     except ImportError:
@@ -28,10 +28,11 @@ def main(stage, run_dir, command):
     run_dir = Path(run_dir)
     done = run_dir / "steps" / f"{stage}.json"
     done.parent.mkdir(parents=True, exist_ok=True)
-    shown = " ".join(["python", *command])
-    force = os.environ.get("NANOLLM_FORCE") == "1"
-    if done.exists() and not force:
-        if json.loads(done.read_text(encoding="utf-8"))["command"] == shown:
+    shown = shlex.join(["python", *command])
+    preset = Path(command[command.index("--config") + 1]).read_text(encoding="utf-8") if "--config" in command else ""
+    if done.exists():
+        before = json.loads(done.read_text(encoding="utf-8"))
+        if (before["command"], before["preset"]) == (shown, preset):
             print(f"[{stage}] already complete, skipped ({shown})", flush=True)
             return 0
     print(f"\n[{stage}] $ {shown}", flush=True)
@@ -43,8 +44,8 @@ def main(stage, run_dir, command):
     if code:
         print(f"[{stage}] ended with code {code}; the same command goes on where it stopped", file=sys.stderr, flush=True)
         return code
-    record = {"stage": stage, "seconds": round(time.time() - began, 1), "peak_rss_mb": peak_rss_mb(0), "command": shown}
-    done.write_text(json.dumps(record), encoding="utf-8")
+    record = {"stage": stage, "seconds": round(time.time() - began, 1), "peak_rss_mb": peak_rss_mb(), "command": shown}
+    done.write_text(json.dumps(record | {"preset": preset}), encoding="utf-8")
     with open(run_dir / "stages.jsonl", "a", encoding="utf-8") as f:
         f.write(json.dumps(record, ensure_ascii=False) + "\n")
     print(f"[{stage}] {record['seconds']} s, peak memory {record['peak_rss_mb']} MB", flush=True)
