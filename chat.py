@@ -37,8 +37,7 @@ def fit_history(tok, messages, room):
     Whole exchanges go, oldest first; a system prompt stays. Half an exchange would leave an answer without its
     question, which no training row looks like. The last message always stays, however long."""
     system = [m for m in messages[:1] if m["role"] == "system"]
-    turns = messages[len(system):]
-    kept = list(turns)
+    turns = kept = messages[len(system):]
     while len(kept) > 1 and len(render(tok, system + kept, True)[0]) > room:
         kept = kept[2:]
     return system + kept, len(turns) - len(kept)
@@ -48,9 +47,8 @@ class Chat:
     """One conversation: remembers the messages and streams the next answer."""
 
     def __init__(self, model, tok, cfg, completion):
-        self.model, self.tok, self.cfg, self.completion = model, tok, cfg, completion
+        self.model, self.tok, self.cfg, self.completion, self.told = model, tok, cfg, completion, False
         self.generator = torch.Generator(next(model.parameters()).device).manual_seed(cfg.seed)
-        self.told = False
         self.reset()
 
     def reset(self):
@@ -66,9 +64,9 @@ class Chat:
             self.messages, dropped = fit_history(tok, [*self.messages, {"role": "user", "content": text}],
                                                  self.model.args.max_seq_len - reserve)
             if dropped and not self.told:
+                self.told = True
                 print(f"[the conversation outgrew the context of {self.model.args.max_seq_len} tokens: "
                       f"the oldest exchanges are forgotten from here on]", flush=True)
-                self.told = True
             ids = render(tok, self.messages, add_generation_prompt=True)[0]
         decoder, said = StreamDecoder(tok), []
 

@@ -1,6 +1,6 @@
 """Measure a checkpoint: perplexity, multiple choice, chat answers, reward accuracy, or the whole demo road.
 
-    python evaluate.py --init_from out/demo/pretrain --task ppl --data out/demo/data
+    python evaluate.py --init_from out/demo/pretrain --task ppl --data out/demo/tokens
     python evaluate.py --init_from out/demo/dpo --task mc --data DIR            CMMLU or MMLU .csv files, or a directory
                                                                                 of them, or one with dev/ and test/ inside
     python evaluate.py --init_from out/demo/sft --task chat --data rows.jsonl   answers to held-out chat rows
@@ -8,6 +8,7 @@
     python evaluate.py --task demo --run_dir out/demo                           all of these; writes out/demo/eval.json
 """
 import json
+import os
 import signal
 import time
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from nanollm import checkpoint, dist, evaluation, world
 from nanollm.config import UserError, arg, run
-from nanollm.corpus.io import find_files, read_documents
+from nanollm.corpus import io
 from nanollm.data import PreferenceRows, TokenFile, fit_chat, read_rows, report_bad, to_messages, to_preference
 
 
@@ -36,7 +37,7 @@ class Config:
     batch_size: int = arg(128, "answers written at once")
     seed: int = arg(0, "of everything sampled")
     max_bad: float = arg(0.1, "share of unusable rows above which a file is refused")
-    run_dir: str = arg("out/demo", "demo: the directory with data/, raw/, pretrain/, sft/, rm/ and dpo/ in it")
+    run_dir: str = arg("out/demo", "demo: the directory with raw/, tokens/, pretrain/, sft/, rm/ and dpo/ in it")
     out: str = arg("", "directory for eval.json; empty = nowhere (demo: run_dir)")
     device: str = arg("auto", "auto, cpu, cuda, cuda:N, mps")
 
@@ -51,7 +52,12 @@ def ppl(cfg, model, tok):
     if path.is_dir() and list(path.glob("*.bin")):
         data = TokenFile(path, cfg.split, model.args.max_seq_len, "documents", tok.hash)
     else:
-        data = [document["text"] for document in read_documents(find_files([path]), lambda *bad: print("set aside:", *bad))]
+        files, quarantine = io.find_files([path], exclude=os.devnull)[0], io.Quarantine(os.devnull)
+        data = [row["text"] for row in io.read_documents({f: io.choose_separator(f, "auto") for f in files}, quarantine)]
+        if bad := quarantine.counts.total():
+            print(f"set aside {bad} of {bad + len(data)} rows: {dict(quarantine.counts)}")
+        if bad > cfg.max_bad * (bad + len(data)):
+            raise UserError(f"--data {path}: more than --max_bad {cfg.max_bad:.0%} of its rows cannot be read")
     return evaluation.lm_loss(model, tok, data, cfg.max_tokens)
 
 
@@ -96,7 +102,7 @@ def demo(cfg):
     root, raw, numbers, began = Path(cfg.run_dir), Path(cfg.run_dir) / "raw", {}, time.time()
     device = dist_device(cfg)
     model, tok, _ = checkpoint.load(root / "pretrain", device, "lm")
-    val = TokenFile(root / "data", "val", model.args.max_seq_len, "documents", tok.hash)
+    val = TokenFile(root / "tokens", "val", model.args.max_seq_len, "documents", tok.hash)
     whole = evaluation.lm_loss(model, tok, val)
     ends = val.ends.tolist()
     texts = [tok.decode(val.tokens[a : b - 1].tolist()) for a, b in zip([0, *ends], ends)]         # without the EOS
@@ -119,7 +125,7 @@ def demo(cfg):
           f"stop rate {numbers['sft']['stop_rate']:.3f}")
 
     reward, reward_tok, _ = checkpoint.load(root / "rm", device, "reward")
-    numbers["rm"] = evaluation.rm_accuracy(reward, PreferenceRows([raw / "prefs_val.jsonl"], reward_tok, reward.args.max_seq_len))
+    numbers["rm"] = evaluation.rm_accuracy(reward, PreferenceRows(read_rows([raw / "prefs_val.jsonl"]), reward_tok, reward.args.max_seq_len))
     print(f"rm         accuracy {numbers['rm']['accuracy']:.3f} ± {numbers['rm']['stderr']:.3f} of {numbers['rm']['n']} pairs")
 
     # Everything is sampled at temperature 1. The rival is always the SFT model's sample under its own seed; the SFT
@@ -179,7 +185,7 @@ def main(cfg):
             raise UserError(f"--data {cfg.data} does not exist")
         model, tok, meta = checkpoint.load(cfg.init_from, dist_device(cfg), "reward" if cfg.task == "rm" else "lm")
         if cfg.task == "rm":
-            pairs = PreferenceRows([cfg.data], tok, model.args.max_seq_len, max_bad=cfg.max_bad)
+            pairs = PreferenceRows(read_rows([cfg.data], max_bad=cfg.max_bad), tok, model.args.max_seq_len, max_bad=cfg.max_bad)
             pairs.pairs = some(pairs.pairs, cfg)
             result = evaluation.rm_accuracy(model, pairs)
         else:

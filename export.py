@@ -1,7 +1,7 @@
 """To and from the Hugging Face layout.
 
-    python export.py --init_from out/demo/dpo --out out/demo/hf       our checkpoint -> AutoModelForCausalLM, vLLM, llama.cpp …
-    python export.py --from_hf some/llama/dir --out out/imported      a LlamaForCausalLM directory -> our checkpoint
+    python export.py --init_from out/demo/dpo --out out/demo/hf     our checkpoint -> transformers, vLLM, llama.cpp …
+    python export.py --from_hf some/llama/dir --out out/imported    a LlamaForCausalLM directory -> our checkpoint
 
 A LoRA checkpoint is written merged; --adapter writes its adapter alone, as peft's two files. Needs safetensors:
 pip install -e ".[export]".
@@ -36,7 +36,7 @@ def read_json(path):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; --from_hf wants a directory with config.json and *.safetensors") from None
+        raise UserError(f"{path} does not exist; --from_hf wants a directory with config.json and weights") from None
     except (ValueError, OSError) as e:
         raise UserError(f"{path} is not JSON: {e}") from None
 
@@ -45,17 +45,21 @@ def to_hf(cfg):
     """Write config.json, generation_config.json, model.safetensors and the tokenizer's files under --out."""
     safetensors, out = hf.safetensors(), Path(cfg.out)          # a missing extra is reported before anything is done
     model, tok, meta = checkpoint.load(cfg.init_from, expect="lm")
-    if cfg.adapter:
+    if cfg.adapter:                                             # load() has merged it: take the file as it was trained
+        if not meta["lora"]:
+            raise UserError(f"--adapter: {cfg.init_from} was trained without LoRA; leave the option out")
+        model = Transformer(model.args)
+        peft.inject_lora(model, **meta["lora"])
+        model.load_state_dict(checkpoint.read(checkpoint.find(cfg.init_from), "model.pt"))
         hf.save_adapter(model, out)
         return ["adapter_config.json", "adapter_model.safetensors"]
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(cfg.dtype)
     if dtype is None:
         raise UserError(f"--dtype must be float32, bfloat16 or float16, got {cfg.dtype!r}")
     table = hf.to_hf_config(model.args, tok, cfg.dtype) | {"nanollm_stage": meta["stage"]}
-    state = hf.to_hf_state(peft.merged_state_dict(model), model.args)
-    tokenizer_json = tok.to_hf_json()
-    template = tokenizers.CHAT_TEMPLATE
-    names = {t["id"]: t["content"] for t in tokenizer_json["added_tokens"]}
+    state = hf.to_hf_state(model.state_dict(), model.args)
+    # a foreign file may glue on a BOS or cut and pad; we never did
+    tokenizer_json = tokenizers.to_hf_json(tok) | {"post_processor": None, "truncation": None, "padding": None}
 
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "config.json", table)
@@ -66,10 +70,10 @@ def to_hf(cfg):
     write_json(out / "tokenizer.json", tokenizer_json)
     write_json(out / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.args.max_seq_len,
-        "eos_token": names[tok.im_end_id], "pad_token": names[tok.pad_id],
-        "additional_special_tokens": [names[tok.im_start_id], names[tok.eos_id]],
-        "clean_up_tokenization_spaces": False, "chat_template": template})
-    (out / "chat_template.jinja").write_text(template, encoding="utf-8", newline="\n")
+        "eos_token": "<|im_end|>", "pad_token": "<|pad|>", "bos_token": None, "unk_token": None,
+        "additional_special_tokens": ["<|endoftext|>", "<|im_start|>"], "clean_up_tokenization_spaces": False,
+        "chat_template": tokenizers.CHAT_TEMPLATE})
+    (out / "chat_template.jinja").write_text(tokenizers.CHAT_TEMPLATE, encoding="utf-8", newline="\n")
     return [p.name for p in sorted(out.iterdir())]
 
 
@@ -87,7 +91,8 @@ def from_hf(cfg):
             state |= safetensors.load_file(file)
         except Exception as e:                                  # safetensors has an exception class of its own
             raise UserError(f"cannot read {file}: {e}; the file is damaged, download it again") from None
-    tok = tokenizers.load(next((p for p in (source / "tokenizer.json", source / "tokenizer.model") if p.exists()), source))
+    known = [source / "tokenizer.json", source / "tokenizer.model"]
+    tok = tokenizers.load(next((p for p in known if p.exists()), source))
     state = hf.from_hf_state(state, args)
     extra = tok.vocab_size - args.vocab_size
     if extra > 0:                                               # control tokens for chat that this model never had
@@ -99,7 +104,7 @@ def from_hf(cfg):
     try:
         model.load_state_dict(state)
     except RuntimeError as e:
-        raise UserError(f"{source}: the weights do not fit its config.json: {str(e).splitlines()[-1].strip()}") from None
+        raise UserError(f"{source}: weights do not fit its config.json: {str(e).splitlines()[-1].strip()}") from None
     path = checkpoint.save(cfg.out, 0, model, tok, table.get("nanollm_stage", "pretrain"), cfg)
     return [p.relative_to(cfg.out).as_posix() for p in sorted(path.iterdir())]
 

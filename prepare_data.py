@@ -10,28 +10,29 @@ reads .txt, .jsonl, .json, .parquet (each also .gz) or directories of them, and 
     tokens/     train.bin, val.bin and what belongs to them: this is what `train_pretrain.py --data` wants
 
 and in each a report.json. A stage is written aside and renamed when it is whole; one whose result is already there for
-the same inputs and settings is skipped. Each stage is also a command of its own, and reads what the one before it left:
+the same inputs and settings is skipped. Each stage is also a command of its own, which reads what the one before it
+left in --out (`prepare_data.py COMMAND --help` lists its options):
 
-    demo | clean | dedup | tokenizer | tokenize | build        (`prepare_data.py COMMAND --help` lists its options)
+    demo | clean | dedup | tokenizer | tokenize | build
 
 Chat and preference files need no preparation: train_sft.py, train_rm.py and train_dpo.py read them as they are.
 """
+import dataclasses
 import json
 import shutil
 import sys
 import time
-from collections import Counter
-from dataclasses import asdict, dataclass
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from nanollm import config, tokenizer as tokenizers, world
+from nanollm import config, tokenizer as tokenizers
 from nanollm.config import UserError, arg
 from nanollm.corpus import bpe, clean as cleaning, dedup as deduplication, io, pack
 
 OUT = "output directory of all stages"
+STAGES = ("clean", "dedup", "tokenizer", "tokens")
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Demo:
 class Clean:
     input: list = arg([], "raw files or directories: .txt .jsonl .json .parquet, each also .gz")
     out: str = arg("out/data", OUT)
-    doc_sep: str = arg("auto", "what ends a document in .txt files: line | blank (line) | file | auto (blank if there are any)")
+    doc_sep: str = arg("auto", "what ends a document in .txt: line | blank | file | auto (blank lines if any)")
     min_chars: int = arg(15, "shorter documents are dropped", unit="characters")
     max_bad: float = arg(0.01, "stop if more than this share of the documents, or of the files, cannot be read")
     force: bool = arg(False, "redo what is already there")
@@ -86,109 +87,207 @@ class Build(Tokenize, Tokenizer, Dedup, Clean):           # only to have the opt
     input: list = arg([], Clean.__dataclass_fields__["input"].metadata["help"])
 
 
-def stage(target, inputs, settings, force, work):
-    """Run work(directory) -> report, and make its directory `target` once it is whole; skip it if that was done before.
+def stage(cfg, name, inputs, settings, work):
+    """Run work(directory) -> report for OUT/NAME, and rename the directory to that once it is whole.
 
-    "Done before" means the same settings and input files of the same size and time, as report.json remembers.
+    Skipped if that was done before: with the same settings, and input files of the same size and time, as its
+    report.json remembers. OUT/report.json gathers the reports of all stages.
     """
-    target = Path(target)
-    signature = {"settings": settings, "inputs": [[p.as_posix(), p.stat().st_size, p.stat().st_mtime_ns] for p in inputs]}
-    name, report_file, aside = target.name, target / "report.json", target.with_name(target.name + ".tmp")
-    if report_file.exists():
-        old = json.loads(report_file.read_text(encoding="utf-8"))
-        if old["signature"] == signature and not force:
-            print(f"{name}: {target} is already complete, skipped (--force redoes it)")
-            return old
-    elif target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"--out: {target} holds something that is not ours; choose another directory")
-    shutil.rmtree(aside, ignore_errors=True)              # the rest of an interrupted run
+    target = Path(cfg.out) / name
+    memory, aside = target / "report.json", target.with_name(target.name + ".tmp")
+    signature = {"settings": settings,
+                 "inputs": [[p.as_posix(), p.stat().st_size, p.stat().st_mtime_ns] for p in inputs]}
+    if memory.is_file() and not cfg.force and read_json(memory)["signature"] == signature:
+        print(f"{target.name}: {target.as_posix()} is complete for these inputs, skipped (--force redoes it)")
+        return
+    if target.exists() and not memory.is_file() and (target.is_file() or any(target.iterdir())):
+        raise UserError(f"--out: {target} holds something that prepare_data.py did not write; choose another directory")
     try:
+        shutil.rmtree(aside, ignore_errors=True)          # the rest of an interrupted run
         aside.mkdir(parents=True)
     except OSError as e:
-        raise UserError(f"--out: cannot make {aside}: {e.strerror}") from None
+        raise UserError(f"--out: cannot make the directory {aside}: {e.strerror}") from None
+    print(target.name, flush=True)
     start = time.time()
     report = work(aside)
     report |= {"seconds": round(time.time() - start, 2), "peak_rss_mb": peak_rss_mb(), "signature": signature}
-    (aside / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(aside / "report.json", report)
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)
-    print(f"  {name} took {report['seconds']:.1f} s, peak memory {report['peak_rss_mb'] or '?'} MB -> {target}", flush=True)
-    return report
+    print(f"  {report['seconds']:.1f} s, peak memory {report['peak_rss_mb']} MB -> {target.as_posix()}", flush=True)
+    reports = {s: path for s in STAGES if (path := Path(cfg.out) / s / "report.json").is_file()}
+    if name:
+        write_json(Path(cfg.out) / "report.json", {s: read_json(path) for s, path in reports.items()})
+
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def peak_rss_mb():
-    """The most memory this process has held so far, or None where the system does not say (Windows)."""
-    try:
-        import resource
-    except ImportError:
+    """The most memory this process has held so far, in MB; None on Windows, which does not tell."""
+    if sys.platform == "win32":
         return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10))
+    import resource
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << (20 if sys.platform == "darwin" else 10)))
 
 
-def table(counts, total):
+def shares(counts, total):
     """{"markup": 3} of 100 -> "markup 3 (3.00%)"."""
     return " | ".join(f"{name} {n:,} ({n / max(total, 1):.2%})" for name, n in counts.items()) or "none"
 
 
-def head(text, width=70):
-    return " ".join(text[:width].split()) + ("…" if len(text) > width else "")
+def head(text):
+    return repr(" ".join(text[:60].split()) + ("…" if len(text) > 60 else ""))
 
 
-def write_row(file, row):
-    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def source(cfg, *stages):
-    """The documents a stage reads: --input, or what the first of `stages` that exists has left."""
+def documents_of(cfg, *stages):
+    """The documents a stage reads: --input, or what the first of `stages` that is there has left in --out."""
     if len(cfg.input) > 1:
         raise UserError(f"--input: this stage reads one .jsonl file, got {len(cfg.input)}; `clean` merges raw files")
-    choices = [Path(p) for p in cfg.input] or [Path(cfg.out) / name / "documents.jsonl" for name in stages]
-    return next((p for p in choices if p.is_file()), choices[0])
+    paths = [Path(p) for p in cfg.input] or [Path(cfg.out) / name / "documents.jsonl" for name in stages]
+    return io.Documents(next((p for p in paths if p.is_file()), paths[0]))
 
 
 def demo(cfg):
+    """Write the raw files of the embedded demo world: documents, chats, preference pairs, a multiple-choice test."""
     if cfg.size not in ("demo", "smoke"):
         raise UserError(f"--size: {cfg.size!r} is neither demo nor smoke")
 
     def work(out):
+        from nanollm import world                         # only this command needs it
         world.write(out, cfg.size, cfg.seed)
-        files = {p.name: p.stat().st_size for p in sorted(out.iterdir())}
-        print("demo\n" + "\n".join(f"  {name:<20} {size:>12,} bytes" for name, size in files.items()))
+        files = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
+        print("\n".join(f"  {name:<20} {size:>12,} bytes" for name, size in files.items()))
         return {"files": files}
-    return stage(cfg.out, [], {"size": cfg.size, "seed": cfg.seed}, cfg.force, work)
+    stage(cfg, "", [], {"size": cfg.size, "seed": cfg.seed}, work)
 
 
 def clean(cfg):
-    """Read, normalise, drop; every document ends up kept, dropped with one reason, or in quarantine."""
+    """Read raw files, normalise the text, and drop what is too short, or was mostly markup or repeated punctuation."""
     if not cfg.input:
         raise UserError("--input: name the raw files or directories to read")
-    if cfg.doc_sep not in io.SEPARATORS:
-        raise UserError(f"--doc_sep: {cfg.doc_sep!r} is none of {', '.join(io.SEPARATORS)}")
+    if cfg.doc_sep not in ("auto", "line", "blank", "file"):
+        raise UserError(f"--doc_sep: {cfg.doc_sep!r} is none of auto, line, blank, file")
     files, skipped = io.find_files(cfg.input, exclude=cfg.out)
 
     def work(out):
         separators = {path: io.choose_separator(path, cfg.doc_sep) for path in files}
         for path, sep in separators.items():
-            note = f", a document ends at each {sep}".replace("each blank", "a blank line").replace("each file", "its end")
-            print(f"  {path.as_posix()}{note + ' (--doc_sep)' if io.kind(path) == '.txt' else ''}")
+            print(f"  reading {path.as_posix()}" + f" (--doc_sep {sep})" * (io.kind(path) == ".txt"))
         for path, why in skipped:
             print(f"  skipped {path.as_posix()}: {why}")
-        quarantine = io.Quarantine(out / "quarantine.jsonl")
-        dropped, edited, examples, kept, chars_in, chars_out = Counter(), Counter(), {}, 0, 0, 0
-        with (open(out / "documents.jsonl", "w", encoding="utf-8", newline="\n") as documents,
-              open(out / "dropped.jsonl", "w", encoding="utf-8", newline="\n") as rest):
-            for document in io.read_documents(separators, quarantine):
-                text, reason, edits = cleaning.clean(document["text"], cfg.min_chars)
-                chars_in += len(document["text"])
-                edited.update(edits)
-                if reason:
-                    dropped[reason] += 1
-                    write_row(rest, document | {"reason": reason})
-                    if len(examples.setdefault(reason, [])) < 3:
-                        examples[reason].append({"id": document["id"], "head": head(document["text"])})
-                else:
-                    kept, chars_out = kept + 1, chars_out + len(text)
-                    write_row(documents, {"id": document["id"], "text": text})
-        ...
-    return stage(Path(cfg.out) / "clean", files, {k: v for k, v in asdict(cfg).items() if k in SETTINGS["clean"]}, cfg.force, work)
+        r = cleaning.clean_corpus(separators, out, cfg.min_chars, cfg.max_bad)
+        bad, drops = sum(r["quarantined"].values()), sum(r["dropped"].values())
+        print(f"  in {r['in']:,} documents, {r['chars_in']:,} characters\n"
+              f"  = kept {r['kept']:,} ({r['kept'] / r['in']:.1%}), {r['chars']:,} characters "
+              f"+ dropped {drops:,} + quarantined {bad:,}\n"
+              f"  edited {r['changed']:,} of the kept: {shares(r['edited'], r['kept'])}\n"
+              f"  dropped: {shares(r['dropped'], r['in'])}")
+        for reason, examples in r["examples"].items():
+            print("\n".join(f"    {reason}: {d['id']} {head(d['text'])}" for d in examples))
+        if bad:
+            print(f"  quarantined: {shares(r['quarantined'], r['in'])}")
+        for row in r["quarantine_examples"]:
+            print(f"    {row['file']}:{row['line']}: {row['reason']} {row['error'] or head(row['head'])}")
+        return r | {"skipped": [[path.as_posix(), why] for path, why in skipped]}
+    stage(cfg, "clean", files, {"doc_sep": cfg.doc_sep, "min_chars": cfg.min_chars, "max_bad": cfg.max_bad}, work)
+
+
+def dedup(cfg):
+    """Remove exact copies by hash, and near copies: MinHash-LSH candidates, verified by true Jaccard similarity."""
+    if not 0 < cfg.threshold <= 1 or cfg.ngram < 1 or cfg.num_perm < 4:
+        raise UserError("--threshold must lie in (0, 1], --ngram be at least 1 and --num_perm at least 4")
+    documents = documents_of(cfg, "clean")
+
+    def work(out):
+        b, r = deduplication.bands_and_rows(cfg.threshold, cfg.num_perm)
+        miss = {s: float(f"{deduplication.miss(s, b, r):.2g}") for s in (cfg.threshold, 0.9)}
+        print(f"  {cfg.num_perm} permutations in {b} bands of {r}: overlooks a pair with Jaccard "
+              + ", ".join(f"{s:g} with probability {p:g}" for s, p in miss.items()))
+        report = deduplication.dedup_corpus(documents, out, cfg.threshold, cfg.ngram, cfg.num_perm)
+        print("  in {in:,} = kept {kept:,} + removed {removed:,} (exact {exact:,}, near {near:,}); {candidates:,} "
+              "candidate pairs, {verified:,} verified".format(**report))
+        for row in report["examples"]:
+            print(f"    {row['id']} repeats {row['dup_of']}, Jaccard {row['jaccard']}: {head(row['text'])}")
+        for original, n in report["most_copied"]:
+            print(f"    removed for the sake of {original}: {n:,}")
+        return report | {"bands": b, "rows": r, "miss": miss}
+    settings = {"threshold": cfg.threshold, "ngram": cfg.ngram, "num_perm": cfg.num_perm}
+    stage(cfg, "dedup", [documents.path], settings, work)
+
+
+def tokenizer(cfg):
+    """Train our byte-level BPE (or take the tokenizer given), and say how much text a token carries."""
+    documents = documents_of(cfg, "dedup", "clean")
+    given = tokenizers.load(cfg.tokenizer) if cfg.tokenizer else None
+
+    def work(out):
+        tok, pattern = given, tokenizers.pattern_for(cfg.vocab_size)
+        if tok is None:
+            texts = (d["text"] for d in io.progress(documents, desc="tokenizer", unit=" docs"))
+            merges = bpe.train_bpe(texts, cfg.vocab_size, pattern, say=lambda line: print(f"  {line}"))
+            tok = tokenizers.bpe_tokenizer(merges, pattern)
+        tok.save(out)
+        spread = np.linspace(0, len(documents) - 1, min(len(documents), 2000)).astype(int)   # over the whole corpus
+        texts = {"all": [documents[i]["text"] for i in spread]}
+        texts |= {name: [t for t in texts["all"] if tokenizers.language(t) == name] for name in ("en", "zh")}
+        carried = {name: tokenizers.compression(tok, part) for name, part in texts.items() if part}
+        print(f"  {tok.kind}, {tok.vocab_size:,} ids")
+        for name, c in carried.items():
+            print(f"    {name}: {c['bytes_per_token']:.2f} bytes, {c['chars_per_token']:.2f} characters a token")
+        return {"kind": tok.kind, "vocab_size": tok.vocab_size, "hash": tok.hash, **carried.pop("all"), **carried}
+    settings = {"vocab_size": None if given else cfg.vocab_size, "tokenizer": given and given.hash}
+    stage(cfg, "tokenizer", [documents.path], settings, work)
+
+
+def tokenize(cfg):
+    """Split off the validation documents, shuffle, encode, and write the token files."""
+    documents = documents_of(cfg, "dedup", "clean")
+    tok = tokenizers.load(cfg.tokenizer or Path(cfg.out) / "tokenizer")
+    if not 0 < cfg.val_fraction < 1:
+        raise UserError(f"--val_fraction: {cfg.val_fraction} does not lie between 0 and 1")
+
+    def work(out):
+        report = pack.write_splits(out, documents, tok, cfg.val_fraction, cfg.seed)
+        tok.save(out / "tokenizer")
+        for split, m in report.items():
+            print(f"  {split}: {m['n_docs']:,} documents, {m['n_tokens']:,} tokens ({m['dtype']}), "
+                  f"{m['n_bytes'] / m['n_tokens']:.2f} bytes a token")
+        return report
+    settings = {"tokenizer": tok.hash, "val_fraction": cfg.val_fraction, "seed": cfg.seed}
+    stage(cfg, "tokens", [documents.path], settings, work)
+
+
+def build(cfg):
+    """clean, dedup, tokenizer, tokenize: from raw files to what `train_pretrain.py --data` reads."""
+    clean(cfg)
+    then = dataclasses.replace(cfg, input=[])             # the later stages read what the one before has left
+    dedup(then)
+    tokenizer(then)
+    tokenize(dataclasses.replace(then, tokenizer=""))
+    print(f"next: python train_pretrain.py --data {Path(cfg.out, 'tokens').as_posix()}")
+
+
+COMMANDS = {"demo": (demo, Demo), "clean": (clean, Clean), "dedup": (dedup, Dedup), "tokenizer": (tokenizer, Tokenizer),
+            "tokenize": (tokenize, Tokenize), "build": (build, Build)}
+
+
+def main(argv):
+    command = argv[0] if argv else "--help"
+    if command in COMMANDS:
+        function, options = COMMANDS[command]
+        config.run(function, options, f"prepare_data.py {command}\n\n{function.__doc__}", argv[1:])
+    elif command in ("--help", "-h"):
+        print(__doc__.strip())
+    else:
+        print(f"error: {command!r} is no command of prepare_data.py; use one of {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -118,7 +118,7 @@ def main(cfg):
     max_steps = sampler.steps(cfg.max_steps)
     optimizer = make_optimizer(raw, cfg.optimizer, cfg.learning_rate, cfg.weight_decay, muon_lr=cfg.muon_lr)
     scaler = torch.amp.GradScaler(ctx.device.type, enabled=dtype == torch.float16)
-    step, counters = checkpoint.resume(cfg.out_dir, cfg.resume, ctx, raw, optimizer, scaler, cfg, cfg.override_schedule)
+    step, counters = checkpoint.resume(cfg.out_dir, cfg.resume, ctx, raw, optimizer, scaler, cfg, tokenizer)
     tokens, start, skipped = counters.get("tokens", 0), step, 0
     model = dist.DDP(dist.compiled(raw, cfg.compile), ctx).train()
     log = Logger(cfg.out_dir, ctx.main, step, max_steps)

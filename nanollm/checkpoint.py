@@ -134,12 +134,12 @@ def training_state(ctx, optimizer, scaler, **counters):
     return {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": ctx.gather(rng), **counters}
 
 
-def resume(out_dir, which, ctx, model, optimizer, scaler, config, override_schedule=False):
+def resume(out_dir, which, ctx, model, optimizer, scaler, config, tokenizer):
     """Restore model, optimizer, scaler and random state in place; returns (step, training counters).
 
     which: "" starts afresh (and refuses to mix with an existing run), "auto" takes the newest whole checkpoint in
     out_dir or starts afresh, anything else is a checkpoint's path. Every option that shapes the result must equal
-    the checkpoint's; override_schedule=True lets max_steps and the learning-rate options differ, and says so.
+    the checkpoint's; config.override_schedule lets max_steps and the learning-rate options differ, and says so.
     """
     out_dir = Path(out_dir)
     exists = any(out_dir.glob(PREFIX + "*"))
@@ -164,11 +164,13 @@ def resume(out_dir, which, ctx, model, optimizer, scaler, config, override_sched
         free |= set(split)
     changed = [k for k in now if k in then and k not in free and now[k] != then[k]]
     for key in changed:
-        if key not in schedule or not override_schedule:
+        if key not in schedule or not config.override_schedule:
             raise UserError(f"--resume: {key} was {then[key]!r} in {path.name} and is {now[key]!r} now; use the old value"
                             + (", or add --override_schedule to change the schedule on purpose" if key in schedule else ""))
         if ctx.main:
             print(f"override_schedule: {key} {then[key]!r} -> {now[key]!r}", flush=True)
+    if tokenizer.hash != meta["tokenizer_hash"]:
+        raise UserError(f"--resume: {path} was trained with another tokenizer than the data's or --init_from's; choose another --out_dir")
     if not (path / "training.pt").exists():
         raise UserError(f"{path} holds no training state to resume from; start from its weights with --init_from instead")
     training = read(path, "training.pt")

@@ -178,7 +178,7 @@ class TokenFile:
                 raise UserError(f"{path} has {len(self.tokens):,} tokens, less than one row of --max_seq_len {max_seq_len} (and its "
                                 f"shift); use more text, a shorter --max_seq_len, or --rows documents")
             return
-        starts = np.concatenate(([0], self.ends[:-1]))
+        starts = np.concatenate(([0], self.ends))[:-1]
         pieces = -(-(self.ends - starts) // max_seq_len)                     # pieces of each document
         offset = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
         self.begin = np.repeat(starts, pieces) + offset * max_seq_len
@@ -299,10 +299,11 @@ def messages_from(items):
         if "weight" in item:
             message["train"] = int(bool(item["weight"]))
         messages.append(message)
-    turns = [m["role"] for m in messages if m["role"] != "tool"]
+    turns = [m["role"] for m in messages]
     if "system" in turns[1:]:
         raise ValueError("a system message is not the first")
     turns = turns[1:] if turns[:1] == ["system"] else turns
+    turns = turns[:1] + ["user" if r == "tool" else r for r in turns[1:]]     # a tool's result stands where a user would
     if not turns or turns != ["user", "assistant"] * (len(turns) // 2) + ["user"] * (len(turns) % 2):
         raise ValueError("user and assistant do not alternate, beginning with the user")
     return messages
@@ -322,6 +323,8 @@ def question_of(row):
             system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
             text = row[key].strip() + ("\n" + extra.strip() if extra.strip() else "") if key == "instruction" else row[key]
             return messages_from(system + history + [{"role": "user", "content": text}])
+    if "text" in row:
+        raise ValueError("plain text: tokenize it with prepare_data.py and give it to train_pretrain.py")
     raise ValueError(f"no known chat format; the keys are {sorted(row)[:8]}")
 
 
@@ -343,8 +346,6 @@ def to_messages(row):
             if messages[-1]["role"] == "user" and key in row:
                 messages = messages_from(messages + [{"role": "assistant", "content": row[key]}])
     if messages[-1]["role"] != "assistant":
-        if list(row) == ["text"]:
-            raise ValueError("plain text: tokenize it with prepare_data.py and give it to train_pretrain.py")
         raise ValueError("no answer: the row does not end with the assistant")
     return messages
 

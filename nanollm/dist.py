@@ -92,7 +92,7 @@ def finish(ctx):
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()
     for signum, handler in ctx.handlers.items():             # a notebook's Ctrl-C is its own again
-        signal.signal(signum, handler)
+        signal.signal(signum, handler or signal.SIG_DFL)
     if ctx.interrupted:
         sys.exit(130)
 

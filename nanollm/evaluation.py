@@ -3,6 +3,7 @@
 Every function takes a model and plain data and returns plain numbers; nothing is sampled without a seed, so two runs
 give the same table. Log-probabilities are in nats unless a name says bits.
 """
+import collections
 import csv
 import itertools
 import math
@@ -58,9 +59,7 @@ def pieces(data, tok, max_seq_len):
     data: a TokenFile with rows="documents", or an iterable of texts. What is longer than the context is cut into
     windows of max_seq_len that begin without memory."""
     if hasattr(data, "piece"):
-        for i in range(len(data.begin)):
-            inputs, targets = data.piece(i)
-            yield inputs[:1].tolist(), targets.tolist()
+        yield from ((inputs[:1].tolist(), targets.tolist()) for inputs, targets in map(data.piece, range(len(data.begin))))
         return
     for text in data:
         ids = [tok.eos_id] + tok.encode(text) + [tok.eos_id]
@@ -84,9 +83,8 @@ def lm_loss(model, tok, data, max_tokens=0):
             text_nats, n_bytes = text_nats + nll[weight > 0].sum().item(), n_bytes + int(weight.sum())
     if not tokens:
         raise UserError("there is no text to evaluate on: the split is empty")
-    loss = total / tokens
-    return {"loss": loss, "ppl": math.exp(min(loss, 700)), "bits_per_byte": text_nats / math.log(2) / max(n_bytes, 1),
-            "tokens": tokens, "bytes": n_bytes}
+    return {"loss": total / tokens, "ppl": math.exp(min(total / tokens, 700)),
+            "bits_per_byte": text_nats / math.log(2) / max(n_bytes, 1), "tokens": tokens, "bytes": n_bytes}
 
 
 def token_losses(model, tok, texts):
@@ -106,22 +104,16 @@ def loss_by_kind(model, tok, texts, parse):
     known = [(text, parsed.spans) for text in texts if (parsed := parse(text)) is not None]
     if not known:
         raise UserError("no document could be parsed back: the data are not of the demo world")
-    kinds = {}
-
-    def entry(kind):
-        return kinds.setdefault(kind, {"loss": 0.0, "floor": 0.0, "tokens": 0})
-
+    kinds = collections.defaultdict(lambda: {"loss": 0.0, "floor": 0.0, "tokens": 0})
     for (text, spans), (ids, nll) in zip(known, token_losses(model, tok, [text for text, _ in known])):
-        at = [0]                                             # character -> byte
-        for c in text:
-            at.append(at[-1] + len(c.encode("utf-8", "surrogatepass")))
+        at = list(itertools.accumulate((len(c.encode("utf-8")) for c in text), initial=0))         # character -> byte
         kind_of_byte = ["grammar"] * (at[-1] + 1)
         for start, end, kind, nats in spans:
             kind_of_byte[at[start] : at[end]] = [kind] * (at[end] - at[start])
-            entry(kind)["floor"] += nats
+            kinds[kind]["floor"] += nats
         byte = 0
         for token, loss in zip(ids, nll.tolist()):
-            kind = entry(kind_of_byte[byte])
+            kind = kinds[kind_of_byte[byte]]
             kind["loss"], kind["tokens"] = kind["loss"] + loss, kind["tokens"] + 1
             byte += len(tok.token_bytes(token))
     kinds["all"] = {key: sum(k[key] for k in kinds.values()) for key in ("loss", "floor", "tokens")}
@@ -142,23 +134,20 @@ def read_choices(path):
     (index), "subject" (file name)}]. path: one file or a directory of them. Raises UserError."""
     path = Path(path)
     files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
+    questions = []
     if not files or not files[0].exists():
         raise UserError(f"--data {path}: no .csv file with multiple-choice questions there")
-    questions = []
     for file in files:
         try:
             rows = [row for row in csv.reader(file.read_text(encoding="utf-8-sig").splitlines(True)) if row]
         except (UnicodeDecodeError, csv.Error) as e:
             raise UserError(f"{file} is not a UTF-8 CSV file: {e}") from None
         head = [c.strip() for c in rows[0]] if rows else []
-        if "Question" in head and "Answer" in head:
-            letters = [c for c in LETTERS if c in head]
-            columns, rows, first = [head.index(c) for c in ("Question", *letters, "Answer")], rows[1:], 2
-        else:
-            columns, first = list(range(len(head))), 1
-            letters = LETTERS[: max(len(head) - 2, 0)]
-        for line, row in enumerate(rows, first):
-            cells = [row[i].strip() for i in columns] if len(row) > max(columns) else []
+        titled = "Question" in head and "Answer" in head
+        letters = [c for c in LETTERS if c in head] if titled else list(LETTERS[: max(len(head) - 2, 0)])
+        columns = [head.index(c) for c in ("Question", *letters, "Answer")] if titled else range(len(head))
+        for line, row in enumerate(rows[titled:], 1 + titled):
+            cells = [row[i].strip() for i in columns] if len(row) > max(columns, default=0) else []
             if len(cells) < 4 or cells[-1] not in letters:
                 raise UserError(f"{file} row {line}: wanted a question, two or more options and the right one's letter")
             questions.append({"question": cells[0], "options": cells[1:-1], "answer": letters.index(cells[-1]),
@@ -170,11 +159,9 @@ def read_choices(path):
 
 def question_text(words, q, letters, answer=False):
     """One question as text, with its lettered options or without, up to its answer or including it."""
-    text = words["question"] + q["question"] + "\n"
-    if letters:
-        text += "".join(f"{c}. {option}\n" for c, option in zip(LETTERS, q["options"]))
+    options = "".join(f"{c}. {option}\n" for c, option in zip(LETTERS, q["options"])) if letters else ""
     right = LETTERS[q["answer"]] if letters else q["options"][q["answer"]]
-    return text + words["answer"] + (words["gap"] + right + "\n\n" if answer else "")
+    return words["question"] + q["question"] + "\n" + options + words["answer"] + (words["gap"] + right + "\n\n" if answer else "")
 
 
 def multiple_choice(model, tok, questions, shots=(), score="letter", chat=False, n_shots=5):
@@ -188,35 +175,33 @@ def multiple_choice(model, tok, questions, shots=(), score="letter", chat=False,
     """
     if score not in ("letter", "text"):
         raise UserError(f"--score {score} is unknown; use letter or text")
-    pairs, owners, truncated, example, used = [], [], 0, "", []
+    pairs, owners, used, truncated, example = [], [], [], 0, ""
     for n, q in enumerate(questions):
         words = ZH if any("\u4e00" <= c <= "\u9fff" for c in q["question"]) else EN
         texts = list(LETTERS[: len(q["options"])]) if score == "letter" else q["options"]
-        options = [tok.encode(("" if chat else words["gap"]) + text) for text in texts]
+        options = [tok.encode(("" if chat else words["gap"]) + text)[: model.args.max_seq_len // 2] for text in texts]
         room = model.args.max_seq_len + 1 - max(map(len, options))
         if chat:
             user = question_text({"question": "", "answer": ""}, q, score == "letter").rstrip("\n")
             context = render(tok, [{"role": "user", "content": user}], add_generation_prompt=True)[0]
         else:
-            solved = [question_text(words, s, score == "letter", answer=True) for s in shots if s["subject"] == q["subject"]][:n_shots]
-            asked = question_text(words, q, score == "letter")
-            while True:
-                context = tok.encode(words["head"].format(subject=q["subject"]) + "".join(solved) + asked)
-                if len(context) <= room or not solved:
+            solved = [question_text(words, s, score == "letter", answer=True) for s in shots if s["subject"] == q["subject"]]
+            head, asked = words["head"].format(subject=q["subject"]), question_text(words, q, score == "letter")
+            for n_solved in range(min(len(solved), n_shots), -1, -1):
+                context = tok.encode(head + "".join(solved[:n_solved]) + asked)
+                if len(context) <= room:
                     break
-                solved.pop()
-            used.append(len(solved))
+            used.append(n_solved)
         if len(context) > room:
             context, truncated = context[-room:], truncated + 1
         example = example or tok.decode(context)
         for option, text in zip(options, texts):
             pairs.append((context, option))
             owners.append((n, len(text.encode("utf-8")) if score == "text" else 1))
-    scores = [[] for _ in questions]
+    scores, subjects = [[] for _ in questions], {}
     for (n, size), nll in zip(owners, continuation_losses(model, pairs)):
         scores[n].append(-nll.sum().item() / size)
-    right = [max(range(len(s)), key=s.__getitem__) == q["answer"] for s, q in zip(scores, questions)]
-    subjects = {}
+    right = [s.index(max(s)) == q["answer"] for s, q in zip(scores, questions)]
     for q, hit in zip(questions, right):
         subjects.setdefault(q["subject"], []).append(hit)
     return share(right) | {
@@ -267,10 +252,11 @@ def exact_match(rows, replies, correct):
     hits, tasks = [correct(row, text) for row, (text, _) in zip(rows, replies)], {}
     for row, hit in zip(rows, hits):
         tasks.setdefault(row.get("task", "all"), []).append(hit)
-    total = share(hits)
-    return {"exact_match": total["accuracy"], "stderr": total["stderr"], "n": total["n"],
-            "stop_rate": sum(ended for _, ended in replies) / max(len(replies), 1),
-            "by_task": {task: {"exact_match": share(h)["accuracy"], "n": len(h)} for task, h in sorted(tasks.items())}}
+    def named(hits):
+        numbers = share(hits)
+        return {"exact_match": numbers.pop("accuracy"), **numbers}
+    return {**named(hits), "stop_rate": sum(ended for _, ended in replies) / max(len(replies), 1),
+            "by_task": {task: named(h) for task, h in sorted(tasks.items())}}
 
 
 def win_rate(ratings, other):
@@ -283,8 +269,7 @@ def win_rate(ratings, other):
 def rm_accuracy(model, pairs, batch_size=32):
     """How often a reward model scores the chosen answer above the rejected: share() plus the mean margin and the share
     of ties. pairs: PreferenceRows; each answer is read at its closing <|im_end|>, found by length."""
-    device = next(model.parameters()).device
-    sums, n = {}, 0
+    device, sums, n = next(model.parameters()).device, {}, 0
     for start in range(0, len(pairs), batch_size):
         ids, lengths = pairs.scored_batch(range(start, min(start + batch_size, len(pairs))))
         _, count, metrics = reward_loss(model(ids.to(device)), lengths.to(device))

@@ -81,7 +81,7 @@ def from_hf_config(config):
     """config.json (a dict) -> ModelArgs. Raises UserError if the model is not the plain LLaMA we compute."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     try:
-        dim, heads = config["hidden_size"], config["num_attention_heads"]
+        dim, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
         for ok, what in [
             (config["model_type"] == "llama", f"model_type {config['model_type']!r}"),
             (config.get("hidden_act", "silu") == "silu", f"hidden_act {config.get('hidden_act')!r}"),
@@ -117,6 +117,7 @@ def save_adapter(model, dir, base=""):
     c = lora_config(model)
     if c is None:
         raise UserError("the model carries no LoRA adapter to save")
+    write = safetensors().save_file                      # a missing extra is reported before anything is written
     state = {f"base_model.model.{to_hf_name(k.rpartition('.')[0])}.{k.rpartition('.')[2]}.weight": v.cpu().contiguous()
              for k, v in lora_state_dict(model).items()}
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": c["r"], "lora_alpha": c["alpha"],
@@ -125,7 +126,7 @@ def save_adapter(model, dir, base=""):
               "base_model_name_or_path": str(base)}
     dir = Path(dir)
     dir.mkdir(parents=True, exist_ok=True)
-    safetensors().save_file(state, dir / "adapter_model.safetensors", metadata={"format": "pt"})
+    write(state, dir / "adapter_model.safetensors", metadata={"format": "pt"})
     (dir / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -137,9 +138,11 @@ def load_adapter(model, dir):
         state = safetensors().load_file(dir / "adapter_model.safetensors")
     except FileNotFoundError as e:
         raise UserError(f"{dir} is no adapter directory: {Path(e.filename or dir).name} is missing") from None
+    except ValueError as e:
+        raise UserError(f"{dir}/adapter_config.json is not JSON: {e}") from None
     odd = [k for k in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if c.get(k)]
     if c.get("peft_type") != "LORA" or odd:
-        raise UserError(f"{dir}: only plain LoRA adapters can be read, this one is {c.get('peft_type')} {' '.join(odd)}")
+        raise UserError(f"{dir}: only plain LoRA adapters can be read, this is {c.get('peft_type')} {' '.join(odd)}")
     ours = {}
     for key, value in state.items():                     # base_model.model.<their module>.lora_A.weight
         module, _, leaf = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")

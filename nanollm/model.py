@@ -35,7 +35,8 @@ class ModelArgs:
             (self.dim % self.n_heads == 0, f"dim {self.dim} is not divisible by n_heads {self.n_heads}"),
             (self.n_heads % self.n_kv_heads == 0,
              f"n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}"),
-            ((self.dim // self.n_heads) % 2 == 0, f"RoPE rotates pairs: dim / n_heads = {self.dim / self.n_heads} must be even"),
+            ((self.dim // self.n_heads) % 2 == 0,
+             f"RoPE rotates pairs: dim / n_heads = {self.dim / self.n_heads} must be even"),
             (self.attention in ("sdpa", "naive"), f"attention must be 'sdpa' or 'naive', got {self.attention!r}"),
             (min(self.dim, self.n_layers, self.vocab_size, self.max_seq_len, self.multiple_of) > 0,
              "dim, n_layers, vocab_size, multiple_of and max_seq_len must be positive"),
@@ -272,7 +273,8 @@ def parameter_count(model):
         seen.add(id(p))
         words = name.split(".")
         part = ("norm" if "norm" in words[-2] else "attention" if "attention" in words
-                else "feed_forward" if "feed_forward" in words else "embedding" if "tok_embeddings" in words else "output")
+                else "feed_forward" if "feed_forward" in words else "embedding" if "tok_embeddings" in words
+                else "output")
         parts[part] += p.numel()
     parts["total"] = sum(parts.values())
     return parts

@@ -66,7 +66,8 @@ def inject_lora(model, r=8, alpha=16, dropout=0.0, targets=TARGETS):
     Raises UserError for an unknown target, an impossible r or dropout, or a model that has an adapter already."""
     unknown = [t for t in targets if t not in TARGETS]
     if unknown or not targets:
-        raise UserError(f"LoRA targets: {', '.join(map(repr, unknown)) or 'none given'}; choose from {' '.join(TARGETS)}")
+        wrong = ", ".join(map(repr, unknown)) or "none given"
+        raise UserError(f"LoRA targets: {wrong}; choose from {' '.join(TARGETS)}")
     if r < 1 or not 0 <= dropout < 1:
         raise UserError(f"LoRA: the rank must be at least 1 and dropout in [0, 1), got r {r} and dropout {dropout}")
     if lora_layers(model):
@@ -115,13 +116,6 @@ def merge_lora(model):
         replace(model, name, plain)
     model.requires_grad_(True)
     return model
-
-
-def merged_state_dict(model):
-    """The state dict that merge_lora would leave, with the model itself untouched: for saving a plain copy while
-    training goes on."""
-    state = {k: v for k, v in model.state_dict().items() if not k.endswith((".lora_A", ".lora_B"))}
-    return state | {f"{name}.weight": m.merged_weight() for name, m in lora_layers(model)}
 
 
 def lora_state_dict(model):

@@ -5,6 +5,7 @@
 Reads what the stages wrote and computes nothing anew. What a stage did not leave behind stands as null and is named
 on the console. The page is one file without a script or a link: its charts are SVG, drawn below by hand.
 """
+import contextlib
 import html
 import json
 import math
@@ -21,39 +22,34 @@ from nanollm.log import clock
 STAGES = {"pretrain": "Pretraining 预训练", "sft": "Supervised fine-tuning 指令微调",
           "rm": "Reward model 奖励模型", "dpo": "Direct preference optimisation 偏好优化"}
 
-# what the demo preset is to reach, beside each number: (key, what it says, bound or goal as text, test of the goal)
+# key, what it says, its bound in words, and what it is to reach: a number, or the key of the number beside it
 GOALS = [
-    ("clean.dropped", "junk documents dropped by cleaning", "all that were planted", "clean.planted"),
-    ("dedup.removed", "near-duplicates removed", "all that were planted", "dedup.planted"),
+    ("clean.dropped", "junk documents dropped by cleaning", "all that were planted:", "clean.planted"),
+    ("dedup.removed", "near-duplicates removed", "all that were planted:", "dedup.planted"),
     ("tokenizer.bytes_per_token", "bytes per token", "", None),
-    ("pretrain.val_loss", "validation loss, nats a token", "floor {pretrain.entropy_floor}, within 10 %", 1.10),
+    ("pretrain.val_loss", "validation loss, nats a token", "at most 10 % above it", 0.10),
     ("pretrain.bits_per_byte", "validation bits per byte", "", None),
     ("sft.exact_match", "SFT exact match, held-out questions", "≥ 0.85", 0.85),
     ("sft.stop_rate", "SFT answers that end by themselves", "≥ 0.99", 0.99),
     ("rm.accuracy", "reward model prefers the better answer", "chance 0.5, ≥ 0.95", 0.95),
-    ("dpo.win_rate", "DPO against the SFT model", "before {dpo.win_rate_before}, ≥ 0.80", 0.80),
-    ("mc.accuracy", "multiple choice", "chance {mc.chance}", "mc.chance"),
+    ("dpo.win_rate", "DPO wins against the SFT model", "≥ 0.80", 0.80),
+    ("mc.accuracy", "multiple choice", "chance", "mc.chance"),
 ]
 
 
 def read_json(path):
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
+        return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else {}
     except ValueError:
         raise UserError(f"{path} is not valid JSON; delete it and run its stage again") from None
 
 
 def read_lines(path):
-    """A .jsonl file as a list of dicts; [] if it is not there. The half line of a killed process is passed over."""
+    """A .jsonl file as a list of dicts; [] if it is not there. The late line of a killed process is passed over."""
     rows = []
-    if Path(path).exists():
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue
+    for line in Path(path).read_text(encoding="utf-8").split("\n") if Path(path).exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
     return rows
 
 
@@ -64,20 +60,25 @@ def get(tree, key):
     return tree
 
 
+def total(count):
+    """Counts by reason added up; a plain number or None as it is."""
+    return sum(count.values()) if isinstance(count, dict) else count
+
+
 def collect(run_dir):
-    """Everything a report shows: (report dict, curves {stage: metrics lines}, evaluation dict, stage lines)."""
+    """Everything a report shows: (report dict, curves {stage: metrics lines}, stage lines)."""
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise UserError(f"--run_dir: {run_dir} is not a directory; `bash runs/speedrun.sh` makes out/demo")
-    prepare = read_json(run_dir / "data" / "report.json")
-    truth = read_json(run_dir / "raw" / "truth.json")
-    numbers = read_json(run_dir / "eval.json")
+    dropped, removed, tokens, truth, numbers = (read_json(run_dir / name) for name in (
+        "clean/report.json", "dedup/report.json", "tokens/train.json", "raw/truth.json", "eval.json"))
     stages = {row["stage"]: row for row in read_lines(run_dir / "stages.jsonl") if "stage" in row}   # the last try counts
     curves = {stage: read_lines(run_dir / stage / "metrics.jsonl") for stage in STAGES}
     report = {
-        "clean": {"dropped": get(prepare, "clean.dropped"), "planted": truth.get("clean_planted")},
-        "dedup": {"removed": get(prepare, "dedup.removed"), "planted": truth.get("dedup_planted")},
-        "tokenizer": {"bytes_per_token": get(prepare, "tokenizer.bytes_per_token")},
+        "clean": {"dropped": total(dropped.get("dropped")), "planted": total(truth.get("clean_planted")),
+                  "by_reason": {"dropped": dropped.get("dropped"), "planted": truth.get("clean_planted")}},
+        "dedup": {"removed": total(removed.get("removed")), "planted": total(truth.get("dedup_planted"))},
+        "tokenizer": {"bytes_per_token": tokens["n_bytes"] / (tokens["n_tokens"] - tokens["n_docs"]) if tokens else None},
         "pretrain": {k: get(numbers, f"pretrain.{k}") for k in ("val_loss", "entropy_floor", "bits_per_byte", "by_kind")},
         "sft": {k: get(numbers, f"sft.{k}") for k in ("exact_match", "stop_rate", "by_task")},
         "rm": {"accuracy": get(numbers, "rm.accuracy")},
@@ -85,22 +86,22 @@ def collect(run_dir):
         "mc": {k: get(numbers, f"mc.{k}") for k in ("accuracy", "chance")},
         "seconds": {name: row.get("seconds") for name, row in stages.items()},
         "peak_rss_mb": {name: row.get("peak_rss_mb") for name, row in stages.items()},
-        "machine": {"system": f"{platform.system()} {platform.machine()}", "cpu_cores": os.cpu_count(),
-                    "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-                    "python": platform.python_version(), "torch": torch.__version__},
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, "
+                   f"{torch.cuda.get_device_name(0) if torch.cuda.is_available() else 'no GPU'}, "
+                   f"Python {platform.python_version()}, PyTorch {torch.__version__}",
     }
-    return report, curves, numbers, list(stages.values())
+    return report, curves, list(stages.values())
 
 
 # ---------------------------------------------------------------------------------------------------- charts
 
 def ticks(low, high, n=5):
     """Round numbers (1, 2 or 5 times a power of ten) that span low..high."""
-    raw = (high - low) / n or 1.0
+    raw = (high - low) / n or abs(high) / n or 1.0
     power = 10 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw)
     first = math.floor(low / step + 1e-9)
-    return [(first + i) * step for i in range(math.ceil(high / step - 1e-9) - first + 1)]
+    return [(first + i) * step for i in range(max(math.ceil(high / step - 1e-9) - first, 1) + 1)]
 
 
 def thin(points, most=300):
@@ -117,15 +118,14 @@ def chart(title, series, y_label, floor=None, floor_label="entropy floor 熵下�
     series = [(label, points) for label, points in series if points]
     if not series:
         return ""
-    W, H, left, right, top, bottom = 560, 300, 58, 16, 58, 42
-    ys = [y for _, points in series for _, y in points] + ([floor] if floor is not None else [])
-    xs = [x for _, points in series for x, _ in points]
-    yt, xt = ticks(min(ys), max(ys)), ticks(min(0, min(xs)), max(max(xs), 1))
-    x_max = max(max(xs), 1)
+    W, H, left, right, top, bottom = 560, 300, 70, 16, 58, 42
+    xs, ys = ([p[i] for _, points in series for p in points] for i in (0, 1))
+    ys, x_max = ys + ([] if floor is None else [floor]), max(*xs, 1)
+    xt, yt = ticks(min(xs), x_max), ticks(min(ys), max(ys))
 
     def place(x, y):
-        return (left + (W - left - right) * (x - xt[0]) / (x_max - xt[0]),
-                H - bottom - (H - top - bottom) * (y - yt[0]) / ((yt[-1] - yt[0]) or 1))
+        return (left + (W - left - right) * (x - xt[0]) / (x_max - xt[0] or 1),
+                H - bottom - (H - top - bottom) * (y - yt[0]) / (yt[-1] - yt[0]))
 
     out = [f'<svg viewBox="0 0 {W} {H}" role="img" aria-label="{html.escape(title)}">',
            f'<text class="title" x="{left}" y="20">{html.escape(title)}</text>']
@@ -151,8 +151,9 @@ def chart(title, series, y_label, floor=None, floor_label="entropy floor 熵下�
             py = place(0, floor)[1]
             out.append(f'<line class="line floor" x1="{left}" x2="{W - right}" y1="{py:.1f}" y2="{py:.1f}"/>')
             label = f"{label} {floor:.4g}"
-        out.append(f'<line class="line {color}" x1="{legend_x}" x2="{legend_x + 18}" y1="38" y2="38"/>'
-                   f'<text x="{legend_x + 23}" y="42">{html.escape(label)}</text>')
+        if len(series) > 1 or floor is not None:             # a lone line is named by the title
+            out.append(f'<line class="line {color}" x1="{legend_x}" x2="{legend_x + 18}" y1="38" y2="38"/>'
+                       f'<text x="{legend_x + 23}" y="42">{html.escape(label)}</text>')
         legend_x += 44 + sum(12 if ord(c) > 0x2E80 else 6.6 for c in label)
     return "".join(out) + "</svg>"
 
@@ -168,41 +169,44 @@ def charts(stage, lines, report):
     floor = report["pretrain"]["entropy_floor"] if stage == "pretrain" else math.log(2) if stage in ("rm", "dpo") else None
     label = "entropy floor 熵下界" if stage == "pretrain" else "ln 2: knows nothing"
     pictures = [chart("Loss 损失", both("loss"), "nats a token" if stage in ("pretrain", "sft") else "nats a pair", floor, label)]
+    if stage == "pretrain":                                  # where ln V no longer presses the rest flat
+        late = [(name, [p for p in points if p[0] >= 0.2 * points[-1][0]]) for name, points in both("loss") if points]
+        pictures.append(chart("Loss, the last four fifths: how far above the floor 后五分之四", late, "nats a token", floor, label))
     if stage in ("rm", "dpo"):
         pictures += [chart("Accuracy: chosen above rejected 准确率", both("accuracy"), "share of pairs", 0.5, "chance"),
                      chart("Reward margin: chosen − rejected 奖励差", both("margin"), "reward")]
     if stage == "dpo":
         pictures.append(chart("Implicit rewards 隐式奖励", [("chosen", curve(lines, "train/chosen_reward")),
                                                        ("rejected", curve(lines, "train/rejected_reward"))], "β · log π/π_ref"))
-    pictures += [chart("Learning rate 学习率", [("lr", curve(lines, "lr"))], "lr"),
-                 chart("Gradient norm 梯度范数", [("before clipping", curve(lines, "grad_norm"))], "L2 norm")]
+    pictures += [chart("Learning rate 学习率", [("lr", curve(lines, "lr"))], "per update"),
+                 chart("Gradient norm before clipping 梯度范数", [("norm", curve(lines, "grad_norm"))], "L2 norm")]
     return [p for p in pictures if p]
 
 
 # ---------------------------------------------------------------------------------------------------- tables
 
 def show(value):
-    return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
 
 
 def goal_rows(report):
     """[(what, number, bound and goal, "reached" | "not reached" | "")] for the table at the top."""
     rows = []
     for key, what, bound, test in GOALS:
-        value, ok = get(report, key), None
-        limit = get(report, test) if isinstance(test, str) else test
-        for name in ("pretrain.entropy_floor", "dpo.win_rate_before", "mc.chance"):
-            bound = bound.replace("{" + name + "}", show(get(report, name)))
-        if isinstance(test, str) and isinstance(limit, int):
-            bound += f": {limit:,}"
-        if key == "pretrain.val_loss":
+        value, limit = get(report, key), get(report, test) if isinstance(test, str) else test
+        if isinstance(test, str):
+            bound += f" {show(limit)}"
+        if key == "dpo.win_rate":
+            bound = f"itself {show(report['dpo']['win_rate_before'])}, {bound}"
+        if key == "pretrain.val_loss":                       # here less is better, and 10 % above the floor is the limit
             floor = report["pretrain"]["entropy_floor"]
-            limit = None if floor is None else floor * test
-            if value is not None and floor:
-                bound += f" ({100 * (value / floor - 1):+.1f} %)"
-        if value is not None and limit is not None:
-            ok = value <= limit if key == "pretrain.val_loss" else value >= limit
-        rows.append((what, show(value), bound, {True: "reached", False: "not reached", None: ""}[ok]))
+            above = value / floor - 1 if value is not None and floor else None
+            bound = f"floor {show(floor)}, {bound}" + ("" if above is None else f": {100 * above:+.1f} %")
+            limit, ok = test, above is not None and above <= test
+        else:
+            ok = None not in (value, limit) and value >= limit
+        verdict = "" if None in (value, limit) else "reached" if ok else "not reached"
+        rows.append((what, show(value), bound, verdict))
     return rows
 
 
@@ -215,38 +219,29 @@ def tables(report, stages):
     if tasks := report["sft"]["by_task"]:
         out.append(("SFT by task 按任务", ("task", "exact match", "questions"), [
             (task, show(t["exact_match"]), show(t["n"])) for task, t in tasks.items()]))
-    if stages:
-        rows = [(s["stage"], clock(s.get("seconds") or 0), show(s.get("peak_rss_mb")), s.get("command", "")) for s in stages]
-        rows.append(("total", clock(sum(s.get("seconds") or 0 for s in stages)),
-                     show(max(s.get("peak_rss_mb") or 0 for s in stages)), ""))
-        out.append(("What it cost 用时与内存", ("stage", "time", "peak MB", "command"), rows))
-    return out
+    rows = [(s["stage"], clock(s.get("seconds") or 0), show(s.get("peak_rss_mb")), s.get("command", "")) for s in stages]
+    rows.append(("total", clock(sum(s.get("seconds") or 0 for s in stages)),
+                 show(max((s.get("peak_rss_mb") or 0 for s in stages), default=None)), ""))
+    return [*out, ("What it cost 用时与内存", ("stage", "time", "peak MB", "command"), rows)]
 
 
 def samples(lines):
     """[(prompt, text at the first evaluation, text at the last)] from the sample lines of a stage."""
-    logged = [row for row in lines if row.get("samples")]
-    first, last = ({s["prompt"]: s["text"] for s in row["samples"]} for row in (logged[0], logged[-1])) if logged else ({}, {})
-    return [(prompt, first.get(prompt, ""), text) for prompt, text in last.items()]
-
-
-def machine_line(report):
-    m = report["machine"]
-    return f"{m['system']}, {m['cpu_cores']} CPU cores, {m['gpu'] or 'no GPU'}, Python {m['python']}, PyTorch {m['torch']}"
+    logged = [{s["prompt"]: s["text"] for s in row["samples"]} for row in lines if row.get("samples")]
+    return [(prompt, logged[0].get(prompt, ""), text) for prompt, text in logged[-1].items()] if logged else []
 
 
 def markdown(name, report, curves, stages):
-    def cell(text):
-        return str(text).replace("|", "\\|").replace("\n", " ⏎ ")
-    out = [f"# nanollm: the road of `{name}`", "", machine_line(report), ""]
+    def table(caption, header, rows):
+        cells = [[str(c).replace("|", "\\|").replace("\n", " ⏎ ") for c in row] for row in (header, ["---"] * len(header), *rows)]
+        return [f"## {caption}", "", *("| " + " | ".join(row) + " |" for row in cells), ""]
+
+    out = [f"# nanollm: the road of `{name}`", "", report["machine"], ""]
     for caption, header, rows in tables(report, stages):
-        out += [f"## {caption}", "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-        out += ["| " + " | ".join(f"`{cell(c)}`" if i and header[i] == "command" and c else cell(c) for i, c in enumerate(row)) + " |"
-                for row in rows] + [""]
+        out += table(caption, header, [[f"`{c}`" if h == "command" and c else c for h, c in zip(header, row)] for row in rows])
     for stage, title in STAGES.items():
         if rows := samples(curves[stage]):
-            out += [f"## {title}: greedy samples", "", "| prompt | before | after |", "|---|---|---|"]
-            out += [f"| {cell(p)} | {cell(a)} | {cell(b)} |" for p, a, b in rows] + [""]
+            out += table(f"{title}: greedy samples", ("prompt", "before", "after"), rows)
     return "\n".join(out)
 
 
@@ -275,55 +270,49 @@ svg { width: 100%; height: auto } svg text { font-size: 12px; fill: var(--soft) 
 
 def page(name, report, curves, stages):
     def cell(header, text):
-        mark = f' class="{text.split()[0]}"' if text in ("reached", "not reached") else ""
         body = html.escape(str(text))
-        return f"<td{mark}>{f'<code>{body}</code>' if header == 'command' else body}</td>"
+        kind = text.split()[0] if text in ("reached", "not reached") else "text" if header in ("prompt", "before", "after") else ""
+        return f'<td class="{kind}">{f"<code>{body}</code>" if header == "command" else body}</td>'
 
     def table(caption, header, rows):
         return (f'<div class="card"><table><caption>{html.escape(caption)}</caption><tr>'
                 + "".join(f"<th>{html.escape(h)}</th>" for h in header) + "</tr>"
                 + "".join("<tr>" + "".join(cell(h, c) for h, c in zip(header, row)) + "</tr>" for row in rows) + "</table></div>")
 
-    every = tables(report, stages)
+    *first, cost = tables(report, stages)
+    title = f"nanollm: the road of {html.escape(name)}"
     out = ['<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
-           f"<title>nanollm: {html.escape(name)}</title><style>{STYLE}</style></head><body>",
-           f"<h1>nanollm: the road of {html.escape(name)}</h1>",
+           f"<title>{title}</title><style>{STYLE}</style></head><body><h1>{title}</h1>",
            "<p>From generated text to a chat model; every stage beside what is known to be true. 从语料到对话模型，每一步都与真值对照。"
-           f"<br>{html.escape(machine_line(report))}</p>", *(table(*t) for t in every if t[1][0] != "stage")]
+           f"<br>{html.escape(report['machine'])}</p>", *(table(*t) for t in first)]
     for stage, title in STAGES.items():
-        if not curves[stage]:
-            continue
-        out.append(f"<h2>{title}</h2><div class='charts'>{''.join(charts(stage, curves[stage], report))}</div>")
+        if curves[stage]:
+            out.append(f'<h2>{title}</h2><div class="charts">{"".join(charts(stage, curves[stage], report))}</div>')
         if rows := samples(curves[stage]):
-            out.append('<div class="card"><table><caption>The same prompts, greedy, before and after 训练前后</caption>'
-                       "<tr><th>prompt</th><th>before</th><th>after</th></tr>"
-                       + "".join("<tr>" + "".join(f'<td class="text">{html.escape(c)}</td>' for c in row) + "</tr>" for row in rows)
-                       + "</table></div>")
-    return "\n".join(out + [table(*t) for t in every if t[1][0] == "stage"] + ["</body></html>\n"])
+            out.append(table("The same prompts, greedy, before and after 训练前后", ("prompt", "before", "after"), rows))
+    return "\n".join([*out, table(*cost), "</body></html>\n"])
 
 
 def write(run_dir):
     """Write RUN_DIR/report.json, report.md and report.html; returns the report dict."""
     run_dir = Path(run_dir)
-    report, curves, _, stages = collect(run_dir)
-    name = run_dir.name or str(run_dir)
-    (run_dir / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    (run_dir / "report.md").write_text(markdown(name, report, curves, stages), encoding="utf-8")
-    (run_dir / "report.html").write_text(page(name, report, curves, stages), encoding="utf-8")
+    (report, curves, stages), name = collect(run_dir), run_dir.resolve().name
+    for file, text in (("report.json", json.dumps(report, ensure_ascii=False, indent=1) + "\n"),
+                       ("report.md", markdown(name, report, curves, stages)), ("report.html", page(name, report, curves, stages))):
+        (run_dir / file).write_text(text, encoding="utf-8")
     return report
 
 
 @dataclass
 class Config:
-    run_dir: str = arg("out/demo", "the road's directory, with data/, pretrain/, sft/, rm/, dpo/ and eval.json in it")
+    run_dir: str = arg("out/demo", "the road's directory, where each stage has left its own directory, and evaluate.py eval.json")
 
 
 def main(cfg):
     report = write(cfg.run_dir)
     for what, value, bound, ok in goal_rows(report):
         print(f"{what:<40} {value:>8}   {bound}{'   ' + ok if ok else ''}")
-    missing = [key for key, *_ in GOALS if get(report, key) is None]
-    if missing:
+    if missing := [key for key, *_ in GOALS if get(report, key) is None]:
         print(f"not measured (their stage left nothing behind): {', '.join(missing)}")
     print(f"wrote {Path(cfg.run_dir) / 'report.html'}, report.md and report.json")
 

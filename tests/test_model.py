@@ -1,4 +1,4 @@
-"""The model against transformers' LlamaForCausalLM, against its own slow paths, and against the numbers of the notes."""
+"""The model against transformers' LlamaForCausalLM, its own slow paths, and the numbers of the notes."""
 import math
 import os
 
@@ -266,7 +266,8 @@ def test_most_of_the_small_model_is_vocabulary():
     assert round(100 * (n["embedding"] + n["output"]) / n["total"], 1) == 72.4
 
 
-@pytest.mark.parametrize("dim, multiple_of, width", [(512, 32, 1376), (512, 256, 1536), (1024, 32, 2752), (4096, 256, 11008)])
+@pytest.mark.parametrize("dim, multiple_of, width", [
+    (512, 32, 1376), (512, 256, 1536), (1024, 32, 2752), (4096, 256, 11008)])
 def test_ffn_width(dim, multiple_of, width):
     """m * ceil(int(2 * 4 * d / 3) / m); hidden_dim overrides it."""
     assert ModelArgs(dim=dim, multiple_of=multiple_of).ffn_dim == width
@@ -283,7 +284,7 @@ def test_flops_per_token_by_hand():
 
 @pytest.mark.parametrize("wrong, match", [
     (dict(dim=30), "not divisible by n_heads"), (dict(n_kv_heads=3), "not divisible by n_kv_heads"),
-    (dict(dim=12), "must be even"), (dict(attention="flash"), "'sdpa' or 'naive'"), (dict(n_layers=0), "must be positive"),
+    (dict(dim=12), "must be even"), (dict(attention="flash"), "'sdpa' or 'naive'"), (dict(n_layers=0), "be positive"),
 ])
 def test_impossible_shapes_are_refused(wrong, match):
     """In one sentence that names the numbers."""

@@ -1,4 +1,4 @@
-"""LoRA against its own claims (step 0, counts, merge, switch) and against the peft library (forward, gradients, files)."""
+"""LoRA against its own claims (step 0, counts, merge, switch) and the peft library (forward, gradients, files)."""
 import json
 import math
 import os
@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from nanollm.config import UserError
 from nanollm.hf import load_adapter, save_adapter, to_hf_config, to_hf_name, to_hf_state
 from nanollm.model import ModelArgs, Transformer
-from nanollm.peft import (TARGETS, LoRALinear, disable_adapter, inject_lora, load_lora_state_dict, lora_config, lora_layers,
-                          lora_state_dict, merge_lora, merged_state_dict)
+from nanollm.peft import (TARGETS, LoRALinear, disable_adapter, inject_lora, load_lora_state_dict, lora_config,
+                          lora_layers, lora_state_dict, merge_lora)
 
 ARGS = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=64, max_seq_len=32)
 IDS = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -130,12 +130,10 @@ def test_the_disabled_adapter_is_the_base_bit_for_bit():
 def test_merged_equals_unmerged_and_is_a_plain_model():
     """The same logits, the plain names and module types, everything trainable; merging again is refused."""
     model = adapted()
-    want, kept = logits(model), merged_state_dict(model)
-    assert lora_layers(model)                                              # merged_state_dict left the model as it was
+    want = logits(model)
     assert merge_lora(model) is model
     torch.testing.assert_close(logits(model), want, atol=1e-5, rtol=0)
-    assert str(model) == str(build()) and model.state_dict().keys() == build().state_dict().keys() == kept.keys()
-    assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items())
+    assert str(model) == str(build()) and model.state_dict().keys() == build().state_dict().keys()
     assert all(p.requires_grad for p in model.parameters())
     with pytest.raises(UserError, match="merged before"):
         merge_lora(model)
@@ -276,3 +274,6 @@ def test_adapters_of_another_kind_are_refused(tmp_path):
         load_adapter(build(), tmp_path / "dora")
     with pytest.raises(UserError, match="adapter_config.json is missing"):
         load_adapter(build(), tmp_path / "nowhere")
+    (tmp_path / "dora" / "adapter_config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match="not JSON"):
+        load_adapter(build(), tmp_path / "dora")

@@ -68,7 +68,7 @@ def learn_merges(counts, n_merges, min_count=2):
     tok = np.where(wall, np.int32(-1), rank[flat])
     nxt = np.arange(1, len(tok) + 1, dtype=np.int32)
     prv = np.arange(-1, len(tok) - 1, dtype=np.int32)
-    weight = np.array([counts[p] for p in pieces] + [0])[np.cumsum(wall, dtype=np.int32) - 1]   # of each place
+    weight = np.array([counts[p] for p in pieces] + [0], dtype=np.int32)[np.cumsum(wall, dtype=np.int32) - 1]
     count, places, heap, merges = {}, {}, [], []
 
     def links(at):
@@ -83,17 +83,17 @@ def learn_merges(counts, n_merges, min_count=2):
         order = np.argsort(pair, kind="stable")
         at, pair = at[order], pair[order]
         start = np.flatnonzero(np.diff(pair, prepend=-1))
-        total = np.add.reduceat(weight[at], start) if len(at) else start
+        total = np.add.reduceat(weight[at], start, dtype=np.int64) if len(at) else start
         return zip(pair[start].tolist(), total.tolist(), start.tolist(), [*start[1:].tolist(), len(at)]), at
 
     def add(at):
         groups, at = by_pair(*links(at))
         for pair, total, start, end in groups:
             if total >= min_count:                                     # a count only ever falls after this
-                count[pair], places[pair] = total, at[start:end].astype(np.int32)
+                count[pair], places[pair] = total, at[start:end].copy()
                 heapq.heappush(heap, (-total, pair))
 
-    add(np.flatnonzero(~wall))
+    add(np.flatnonzero(~wall).astype(np.int32))
     while heap and len(merges) < n_merges:
         total, pair = heapq.heappop(heap)
         if -total != count[pair]:                                      # it has lost places since: back into the queue

@@ -7,24 +7,28 @@ words stay, and full-width punctuation is not flattened by NFKC.
 import html
 import re
 import unicodedata
+from collections import Counter
+
+from nanollm.config import UserError
+from nanollm.corpus.io import Quarantine, read_documents, write_row
 
 MIN_CHARS = 15                            # the notes' rule; counts every character that is left after the edits
 MAX_MARKUP = 0.5                          # dropped if more than this share of the text was tags and URLs
 MAX_REPEATED = 0.2                        # dropped if more than this share of the text was repeated punctuation
-REASONS = ("empty", "too_short", "markup", "repeated_punctuation")
 
 HAN = "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 NEWLINE = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
 # Control characters, zero-width and direction marks, byte order marks, and the replacement character of a lost byte.
 INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060\ufeff\ufffd]")
-ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")   # html.unescape alone: "x&not" -> "x¬"
+ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")     # not "x&not"
 
 # Known element names only: "<unk>", "a<b and c>d" and "<3" are text. Attributes need an "=".
-BLOCK = ("address article aside blockquote br caption dd div dl dt fieldset figcaption figure footer form h1 h2 h3 h4 h5 h6 "
-         "head header hr html body li main meta nav ol option p pre section select table tbody td tfoot th thead title tr ul")
-INLINE = ("a abbr acronym audio b bdi bdo big button canvas center cite code col del dfn em embed font i iframe img input ins "
-          "kbd label link map mark noscript object param q s samp script small source span strike strong style sub sup svg "
-          "textarea time tt u var video wbr")
+BLOCK = ("address article aside blockquote body br caption dd div dl dt fieldset figcaption figure footer form h1 h2 h3 "
+         "h4 h5 h6 head header hr html li main meta nav ol option p pre section select table tbody td tfoot th thead "
+         "title tr ul")
+INLINE = ("a abbr acronym audio b bdi bdo big button canvas center cite code col del dfn em embed font i iframe img "
+          "input ins kbd label link map mark noscript object param q s samp script small source span strike strong "
+          "style sub sup svg textarea time tt u var video wbr")
 TAG = r"</?(?:{})(?:\s[^<>=]{{0,100}}=[^<>]{{0,500}}|\s*/?)>"
 BLOCK_TAG = re.compile(TAG.format("|".join(BLOCK.split())), re.I)
 INLINE_TAG = re.compile(TAG.format("|".join(INLINE.split())), re.I)
@@ -34,32 +38,6 @@ HIDDEN = re.compile(r"<!--.*?-->|<!doctype[^<>]{0,200}>|<(script|style)\b[^<>]*>
 # and a full stop or bracket at its end belongs to the sentence.
 OUTSIDE = r"\s<>\"'\u2018-\u201d\u3000-\u9fff\uff00-\uffef"
 URL = re.compile(rf" ?(?<![A-Za-z0-9@])(?:https?://|ftp://|www\.)[^{OUTSIDE}]*[^{OUTSIDE}.,;:!?)\]}}]", re.I)
-
-REPEATED = 0.2                        # dropped if more than this share of the text was repeated punctuation
-REASONS = ("empty", "too_short", "markup", "repeated_punctuation")
-
-HAN = "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
-NEWLINE = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
-# Control characters, zero-width and direction marks, byte order marks, and the replacement character of a lost byte.
-INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060\ufeff\ufffd]")
-ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")   # html.unescape alone: "x&not" -> "x¬"
-
-# Known element names only: "<unk>", "a<b and c>d" and "<3" are text. Attributes need an "=".
-BLOCK = ("address article aside blockquote br caption dd div dl dt fieldset figcaption figure footer form h1 h2 h3 h4 h5 h6 "
-         "head header hr html body li main meta nav ol option p pre section select table tbody td tfoot th thead title tr ul")
-INLINE = ("a abbr acronym audio b bdi bdo big button canvas center cite code col del dfn em embed font i iframe img input ins "
-          "kbd label link map mark noscript object param q s samp script small source span strike strong style sub sup svg "
-          "textarea time tt u var video wbr")
-TAG = r"</?(?:{})(?:\s[^<>=]{{0,100}}=[^<>]{{0,500}}|\s*/?)>"
-BLOCK_TAG = re.compile(TAG.format("|".join(BLOCK.split())), re.I)
-INLINE_TAG = re.compile(TAG.format("|".join(INLINE.split())), re.I)
-HIDDEN = re.compile(r"<!--.*?-->|<!doctype[^<>]{0,200}>|<(script|style)\b[^<>]*>.*?</\1\s*>", re.I | re.S)
-
-# A URL ends at a blank, a quote, CJK punctuation or a Chinese character (\S+ would swallow the sentence that follows),
-# and a full stop or bracket at its end belongs to the sentence.
-IN_URL = r"[^\s<>\"'\u2018-\u201d\u3000-\u303f\uff00-\uffef\u3400-\u9fff]"
-URL = re.compile(rf" ?\b(?:https?://|ftp://|www\.)(?={IN_URL}){IN_URL}*[^\s<>\"'\u2018-\u201d\u3000-\u303f\uff00-\uffef"
-                 r"\u3400-\u9fff.,;:!?)\]}]")
 
 REPEATED = re.compile(r"([。！？!?，,、；;])(?:[ \t]*\1)+")
 DOTS = re.compile(r"\.{4,}|。{2,}|…{3,}")
@@ -81,7 +59,8 @@ def characters(text):
     """Newlines as \\n, entities decoded, invisible characters off, NFC (not NFKC: that would turn ，！１² into ,!12)."""
     if "&" in text:
         text = ENTITY.sub(lambda m: html.unescape(m[0]), text)
-    return unicodedata.normalize("NFC", INVISIBLE.sub("", NEWLINE.sub("\n", text)))
+    text = NEWLINE.sub("\n", text).replace("\xa0", " ")   # a no-break blank is a blank
+    return unicodedata.normalize("NFC", INVISIBLE.sub("", text))
 
 
 def strip_markup(text):
@@ -99,7 +78,7 @@ def collapse_punctuation(text):
 
 
 def match_punctuation(text):
-    """Full-width marks inside Chinese, ASCII marks inside Latin text and numbers; the rules stand beside the patterns."""
+    """Full-width marks inside Chinese, ASCII marks inside Latin text and numbers; the rules stand at the patterns."""
     if text.isascii():
         return text
     text = TO_FULL.sub(lambda m: (m[1] or "") + (m[2] or m[3]).translate(FULL), text)
@@ -111,8 +90,8 @@ def tidy_blanks(text):
     return BLANK_LINES.sub("\n\n\n", LINE_END.sub("", LONG_BLANK.sub(" ", text))).strip()
 
 
-STEPS = {"characters": characters, "markup": strip_markup, "urls": strip_urls, "repeated_punctuation": collapse_punctuation,
-         "punctuation": match_punctuation, "blanks": tidy_blanks}
+STEPS = {"characters": characters, "markup": strip_markup, "urls": strip_urls,
+         "repeated_punctuation": collapse_punctuation, "punctuation": match_punctuation, "blanks": tidy_blanks}
 
 
 def normalise(text):
@@ -154,3 +133,38 @@ def clean(text, min_chars=MIN_CHARS):
         if gone > limit * total or short and gone and total >= min_chars:
             return result, reason, edits
     return result, "too_short" if short else None, edits
+
+
+def clean_corpus(separators, out, min_chars=MIN_CHARS, max_bad=0.01):
+    """Clean the files of `separators` (see io.read_documents) into OUT/documents.jsonl; dropped.jsonl keeps what was
+    dropped, as it was, and quarantine.jsonl what could not be read. Returns the report.
+
+    Raises UserError if more than `max_bad` of the documents or of the files cannot be read, or if nothing is left.
+    """
+    quarantine, dropped, edited, examples = Quarantine(out / "quarantine.jsonl"), Counter(), Counter(), {}
+    seen = kept = changed = chars_in = chars = 0
+    with (open(out / "documents.jsonl", "w", encoding="utf-8", newline="\n") as documents, quarantine.file,
+          open(out / "dropped.jsonl", "w", encoding="utf-8", newline="\n") as drops):
+        for document in read_documents(separators, quarantine):
+            text, reason, edits = clean(document["text"], min_chars)
+            seen, chars_in = seen + 1, chars_in + len(document["text"])
+            if reason:
+                dropped[reason] += 1
+                examples.setdefault(reason, []).extend([document] * (dropped[reason] <= 3))
+                write_row(drops, document | {"reason": reason})
+            else:
+                kept, chars, changed = kept + 1, chars + len(text), changed + bool(edits)
+                edited.update(edits)
+                write_row(documents, document | {"text": text})
+    bad, bad_files = quarantine.counts.total(), len(quarantine.broken_files)
+    if max(bad / max(seen + bad, 1), bad_files / len(separators)) > max_bad:
+        first = quarantine.examples[0]
+        raise UserError(f"{bad:,} of {seen + bad:,} documents and {bad_files} of {len(separators)} files cannot be read,"
+                        f" more than --max_bad {max_bad:g}; the first is {first['file']}:{first['line']}, "
+                        f"{first['reason']} ({first['error']}); all stand in {(out / 'quarantine.jsonl').as_posix()}")
+    assert seen == kept + dropped.total()
+    if not kept:
+        raise UserError(f"--input: none of {seen:,} documents is left after cleaning; dropped: {dict(dropped)}")
+    return {"in": seen + bad, "kept": kept, "chars_in": chars_in, "chars": chars, "changed": changed,
+            "edited": dict(edited), "dropped": dict(dropped), "examples": examples,
+            "quarantined": dict(quarantine.counts), "quarantine_examples": quarantine.examples}

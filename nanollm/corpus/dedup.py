@@ -20,6 +20,8 @@ from functools import lru_cache
 import numpy as np
 from datasketch import MinHash, MinHashLSH
 
+from nanollm.corpus.io import progress, write_row
+
 MAX_MISS = 1e-3                           # chance to overlook a pair that stands exactly at the threshold
 
 
@@ -97,3 +99,22 @@ def removal(document, original, similarity):
     """The line of removed.jsonl. An exact copy of a near copy is as near to the original as the first one was."""
     return {"id": document["id"], "dup_of": original["id"], "jaccard": round(similarity, 4),
             "kind": "exact" if document["text"] == original["text"] else "near"}
+
+
+def dedup_corpus(documents, out, threshold=0.7, n=5, num_perm=128):
+    """Write the kept `documents` to OUT/documents.jsonl and the removals to OUT/removed.jsonl; returns the report."""
+    counts, kinds, copies, examples = Counter(candidates=0, verified=0), Counter(exact=0, near=0), Counter(), []
+    with (open(out / "documents.jsonl", "w", encoding="utf-8", newline="\n") as kept,
+          open(out / "removed.jsonl", "w", encoding="utf-8", newline="\n") as removed):
+        decisions = deduplicate(documents, threshold, n, num_perm, counts)
+        for document, gone in progress(decisions, total=len(documents), desc="dedup", unit=" docs"):
+            if gone is None:
+                write_row(kept, document)
+                continue
+            kinds[gone["kind"]] += 1
+            copies[gone["dup_of"]] += 1
+            write_row(removed, gone)
+            if gone["kind"] == "near" and len(examples) < 3:
+                examples.append(gone | {"text": document["text"]})
+    return {"in": len(documents), "kept": len(documents) - kinds.total(), "removed": kinds.total(), **kinds, **counts,
+            "examples": examples, "most_copied": copies.most_common(3)}

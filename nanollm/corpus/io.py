@@ -1,9 +1,9 @@
 """Reading any corpus as a stream of documents, and the one file format between our own stages.
 
-Raw input (.txt .jsonl .json .parquet, each also .gz) comes in through `read_documents`; a row that cannot be read
-goes to quarantine.jsonl with its file, line and reason, and never stops the stream. Between stages documents live in
+Raw input (.txt .jsonl .json .parquet, each also .gz) comes in through `read_documents`. A row that cannot be read goes
+to quarantine.jsonl with its file, line and reason, and does not stop the stream. Between stages documents live in
 JSONL files of {"id", "text"}, which `Documents` opens as a sequence: readable in any editor, and a document can be
-fetched by number, so nothing needs the whole corpus in memory.
+fetched by its number, so nothing needs the whole corpus in memory.
 """
 import gzip
 import io
@@ -23,23 +23,19 @@ from nanollm.config import UserError
 
 KINDS = (".txt", ".jsonl", ".json", ".parquet")
 MAX_LINE = 64 << 20                       # bytes; a longer "line" is a binary or a broken file, not a document
-SEPARATORS = ("auto", "line", "blank", "file")
+BOM = b"\xef\xbb\xbf"
 
 
 def kind(path):
-    """The extension that decides the reader, without .gz: "books.jsonl.gz" -> ".jsonl"."""
-    suffixes = [s.lower() for s in Path(path).suffixes]
-    if suffixes and suffixes[-1] == ".gz":
-        suffixes.pop()
-    return suffixes[-1] if suffixes else ""
+    """The extension that decides the reader: ".jsonl" for books.jsonl and books.jsonl.gz."""
+    path = Path(path)
+    return (Path(path.stem) if path.suffix.lower() == ".gz" else path).suffix.lower()
 
 
-def find_files(paths, exclude=None):
-    """Files and directories -> (readable files in a fixed order, [(skipped file, why)]). Raises UserError.
-
-    The order is that of `paths`, sorted inside a directory: it decides which of two duplicates is "the first".
-    `exclude` is our own output directory, which may lie inside an input directory.
-    """
+def find_files(paths, exclude):
+    """Files and directories -> (readable files, [(skipped file, why)]), in the order given and sorted inside a
+    directory; the order decides which of two duplicates is the first. `exclude` is our own output directory, which may
+    lie inside an input directory. Raises UserError for a path that does not exist, or if nothing is left."""
     files, skipped, seen = [], [], set()
     for path in map(Path, paths):
         if not path.exists():
@@ -48,14 +44,10 @@ def find_files(paths, exclude=None):
             if file.resolve() in seen:
                 continue
             seen.add(file.resolve())
-            if exclude and Path(exclude).resolve() in file.resolve().parents:
-                skipped.append((file, "lies in --out, our own output"))
-            elif kind(file) not in KINDS:
-                skipped.append((file, f"unknown extension (known: {' '.join(KINDS)}, each also .gz)"))
-            elif file.stat().st_size == 0:
-                skipped.append((file, "empty file"))
-            else:
-                files.append(file)
+            why = ("lies in --out, our own output" if Path(exclude).resolve() in file.resolve().parents else
+                   f"unknown extension (known: {' '.join(KINDS)}, each also .gz)" if kind(file) not in KINDS else
+                   "empty file" if file.stat().st_size == 0 else None)
+            skipped.append((file, why)) if why else files.append(file)
     if not files:
         why = f"; {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
         raise UserError(f"--input: nothing to read in {', '.join(map(str, paths))}{why}")
@@ -63,29 +55,25 @@ def find_files(paths, exclude=None):
 
 
 class Quarantine:
-    """Rows that could not be read, written to a JSONL file of {"file", "line", "reason", "head"}, and counted."""
+    """Rows that could not be read: written to a JSONL file of {"file", "line", "reason", "error", "head"}, counted."""
 
     def __init__(self, path):
         self.file = open(path, "w", encoding="utf-8", newline="\n")
         self.counts, self.examples, self.broken_files = Counter(), [], set()
 
-    def add(self, file, line, reason, head=b"", detail=""):
-        """`line` counts from 1 (rows in .json and .parquet; 0: the file itself); `head` is the raw start of the row."""
-        record = {"file": str(file), "line": line, "reason": reason, "error": str(detail),
-                  "head": head[:200].decode("utf-8", "backslashreplace")}
-        self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    def add(self, file, line, reason, head=b"", error=""):
+        """`line` counts from 1 (rows in .json and .parquet; 0 is the file itself); `head`: the raw start of the row."""
+        row = {"file": file, "line": line, "reason": reason, "error": str(error),
+               "head": head[:200].decode("utf-8", "backslashreplace")}
+        write_row(self.file, row)
         self.counts[reason] += 1
-        if len(self.examples) < 3:
-            self.examples.append(record)
+        self.examples += [row] * (len(self.examples) < 3)
         if reason == "unreadable_file":
-            self.broken_files.add(str(file))
-
-    def close(self):
-        self.file.close()
+            self.broken_files.add(file)
 
 
 def open_bytes(path):
-    """(raw file, stream of its uncompressed bytes): the raw one tells how far we are."""
+    """(raw file, stream of its uncompressed bytes); the raw one tells how far we are."""
     raw = open(path, "rb")
     return raw, gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw
 
@@ -95,140 +83,133 @@ def numbered_lines(stream, file, quarantine):
     number = 0
     while raw := stream.readline(MAX_LINE):
         number += 1
-        if len(raw) == MAX_LINE and not raw.endswith(b"\n"):
-            quarantine.add(file, number, "line_too_long", raw, f"over {MAX_LINE >> 20} MiB")
-            while (rest := stream.readline(MAX_LINE)) and not rest.endswith(b"\n"):
-                pass
+        if len(raw) < MAX_LINE or raw.endswith(b"\n"):
+            yield number, raw.removeprefix(BOM) if number == 1 else raw
             continue
-        yield number, raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+        quarantine.add(file, number, "line_too_long", raw, f"over {MAX_LINE >> 20} MiB")
+        while (raw := stream.readline(MAX_LINE)) and not raw.endswith(b"\n"):
+            pass
 
 
 def choose_separator(path, doc_sep):
-    """What ends a document of a .txt file: "auto" means blank lines if the file has any inside, else each line."""
+    """What ends a document of a .txt file: "auto" means blank lines if there are any between lines, else each line."""
     if kind(path) != ".txt" or doc_sep != "auto":
         return doc_sep
-    blank_after_text = text = False
+    text = blank = False
     raw, stream = open_bytes(path)
     with raw:
         try:
-            for line in iter(lambda: stream.readline(MAX_LINE), b""):
-                if line.strip():
-                    if blank_after_text:
-                        return "blank"
-                    text = True
-                else:
-                    blank_after_text = text
+            while line := stream.readline(MAX_LINE):
+                if line.strip() and blank:
+                    return "blank"
+                text, blank = text or bool(line.strip()), text and not line.strip()
         except (EOFError, OSError, zlib.error):          # a broken .gz: the reader will report it
             pass
     return "line"
 
 
 def read_txt(stream, file, sep, quarantine):
-    """Documents of a text file: yields (line of its start, text). Bytes are decoded per document, so that one bad
-    byte costs one document."""
-    def decoded(start, block):
-        data = b"".join(block)
+    """(line of its start, {"text"}) of each document; decoded one by one, so that a bad byte costs one document."""
+    start, block = 1, []
+
+    def document():
+        data = b"".join(block).strip(b"\r\n")
+        block.clear()
         try:
-            return [(start, data.decode("utf-8").strip("\r\n"))]
+            return [(start, {"text": data.decode("utf-8")})]
         except UnicodeDecodeError as e:
-            quarantine.add(file, start, "not_utf8", data, f"{e}; convert the file to UTF-8 first")
+            quarantine.add(file, start, "not_utf8", data, f"{e}; convert the file to UTF-8")
             return []
 
-    start, block = 1, []
     for number, raw in numbered_lines(stream, file, quarantine):
-        blank = not raw.strip()
-        if not blank or sep == "file":
-            start = start if block else number
-            block.append(raw)
-        if block and (sep == "line" or sep == "blank" and blank):
-            yield from decoded(start, block)
-            block = []
-    if block:
-        yield from decoded(start, block)
+        if sep != "file" and not raw.strip():
+            yield from document() if block else []
+            continue
+        start = start if block else number
+        block.append(raw)
+        if sep == "line":
+            yield from document()
+    yield from document() if block else []
 
 
 def read_jsonl(stream, file, quarantine):
     """(line, row) of each JSON line; blank lines are nothing."""
     for number, raw in numbered_lines(stream, file, quarantine):
-        if not raw.strip():
-            continue
         try:
-            yield number, json.loads(raw.decode("utf-8"))
-        except UnicodeDecodeError as e:
-            quarantine.add(file, number, "not_utf8", raw, e)
+            if raw.strip():
+                yield number, json.loads(raw.decode("utf-8"))
         except (ValueError, RecursionError) as e:         # ValueError: also a number of 5,000 digits
-            quarantine.add(file, number, "broken_json", raw, e)
+            quarantine.add(file, number, "not_utf8" if isinstance(e, UnicodeDecodeError) else "broken_json", raw, e)
 
 
 def read_json(stream, file, quarantine):
-    """(row number, row) of a JSON list. Many ".json" files are really JSON lines: read as what they are."""
-    data = stream.read()
-    if not data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        yield from read_jsonl(io.BytesIO(data), file, quarantine)
-        return
+    """(row number, row) of a JSON list, read whole. Many ".json" files are really JSON lines, and read as such."""
+    data = stream.read().removeprefix(BOM)
     try:
-        yield from enumerate(json.loads(data.decode("utf-8-sig")), start=1)
-    except (ValueError, RecursionError) as e:             # UnicodeDecodeError is a ValueError
+        if data.lstrip().startswith(b"["):
+            yield from enumerate(json.loads(data.decode("utf-8")), start=1)
+        else:
+            yield from read_jsonl(io.BytesIO(data), file, quarantine)
+    except (ValueError, RecursionError) as e:
         quarantine.add(file, 0, "unreadable_file", data, e)
 
 
-def read_parquet(stream, path, file, quarantine):
-    """(row number, {"text": value}) of each row; only the text column is read, 1,024 rows at a time."""
-    source = io.BytesIO(stream.read()) if path.suffix.lower() == ".gz" else stream
+def read_parquet(stream, file, quarantine):
+    """(row number, {"text"}) of each row; only the text column is read, 1,024 rows at a time."""
     try:
-        table = pq.ParquetFile(source)
+        table = pq.ParquetFile(io.BytesIO(stream.read()) if isinstance(stream, gzip.GzipFile) else stream)
         names = table.schema_arrow.names
         if "text" not in names:                           # iter_batches would yield empty batches without a word
-            raise UserError(misplaced(names, file) or f"--input: {file} has no column 'text', only {', '.join(names)}; "
-                            "rename the column that holds the documents")
+            raise UserError(misplaced(names, file) or f"--input: {file} has no column \"text\", only "
+                            f"{', '.join(names)}; rename the one that holds the documents")
         number = 0
         for batch in table.iter_batches(batch_size=1024, columns=["text"]):
-            for value in batch.column(0).to_pylist():
-                number += 1
-                yield number, {"text": value}
+            for number, text in enumerate(batch.column(0).to_pylist(), start=number + 1):
+                yield number, {"text": text}
     except (pa.ArrowException, OSError) as e:
-        quarantine.add(file, 0, "unreadable_file", b"", e)
+        quarantine.add(file, 0, "unreadable_file", error=e)
 
 
 def misplaced(keys, file):
-    """The sentence for a file of chats or preference pairs that was given as a corpus, or None."""
+    """The sentence for a file of chats or of preference pairs that was given as a corpus, or None."""
     if {"chosen", "rejected"} <= set(keys):
         return f"--input: {file} holds preference pairs, not documents: give it to train_rm.py or train_dpo.py"
     if set(keys) & {"messages", "conversations", "conversation", "instruction", "prompt"}:
         return f"--input: {file} is an SFT file (chats), not documents: give it to train_sft.py"
 
 
-def read_documents(files, quarantine):
-    """Stream {"id", "text"} from `files`, a dict {path: separator (for .txt)}; the id is "file:line".
+def fault(row):
+    """Why a row is no document, or None."""
+    if not isinstance(row, dict):
+        return "not_an_object"
+    text = row.get("text")
+    return "missing_text" if text is None else None if isinstance(text, str) else "text_not_a_string"
 
-    Unreadable rows and files go to `quarantine`. Raises UserError for a chat or preference file.
-    """
-    bar = progress(total=sum(path.stat().st_size for path in files), unit="B", unit_scale=True, desc="clean")
-    done = 0
-    for path, sep in files.items():
+
+def read_documents(separators, quarantine):
+    """Stream {"id", "text"} from the files of `separators`, a dict {path: what ends a document, for .txt}; the id is
+    "file:line". What cannot be read goes to `quarantine`. Raises UserError for a chat or preference file."""
+    sizes = {path: path.stat().st_size for path in separators}
+    bar, done = progress(total=sum(sizes.values()), unit="B", unit_scale=True, desc="clean"), 0
+    for path, sep in separators.items():
         file, good = path.as_posix(), 0
         raw, stream = open_bytes(path)
+        reader = {".parquet": read_parquet, ".json": read_json, ".jsonl": read_jsonl}.get(kind(path))
+        rows = reader(stream, file, quarantine) if reader else read_txt(stream, file, sep, quarantine)
         with raw:
-            if kind(path) == ".txt":
-                rows = ((number, {"text": text}) for number, text in read_txt(stream, file, sep, quarantine))
-            elif kind(path) == ".parquet":
-                rows = read_parquet(stream, path, file, quarantine)
-            else:
-                rows = (read_json if kind(path) == ".json" else read_jsonl)(stream, file, quarantine)
             try:
                 for number, row in rows:
-                    reason = fault(row)
-                    if reason:
+                    if reason := fault(row):
                         if not good and isinstance(row, dict) and (sentence := misplaced(row, file)):
                             raise UserError(sentence)
-                        quarantine.add(file, number, reason, json.dumps(row, ensure_ascii=True, default=str).encode())
+                        quarantine.add(file, number, reason, json.dumps(row, default=str).encode())
                         continue
                     good += 1
                     yield {"id": f"{file}:{number}", "text": writable(row["text"])}
                     bar.update(done + raw.tell() - bar.n)
             except (EOFError, gzip.BadGzipFile, zlib.error) as e:
-                quarantine.add(file, good + 1, "unreadable_file", b"", f"the compressed file breaks off here: {e}")
-        done += path.stat().st_size
+                quarantine.add(file, 0, "unreadable_file", error=f"{e}; documents read before the damage: {good}")
+        done += sizes[path]
     bar.close()
 
 
@@ -237,13 +218,8 @@ def writable(text):
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
-def fault(row):
-    """Why a row is no document, or None."""
-    if not isinstance(row, dict):
-        return "not_an_object"
-    if row.get("text") is None:
-        return "missing_text"
-    return None if isinstance(row["text"], str) else "text_not_a_string"
+def write_row(file, row):
+    file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def progress(iterable=None, **options):
@@ -256,11 +232,10 @@ class Documents:
     """A JSONL file of {"id", "text"} as a sequence; only the line offsets (8 bytes a document) are in memory."""
 
     def __init__(self, path):
-        self.path, self.offsets = Path(path), array("Q")
+        self.path, self.offsets, position = Path(path), array("Q"), 0
         if not self.path.is_file():
             raise UserError(f"{path} does not exist; `prepare_data.py clean` makes it from raw files")
         self.file = open(self.path, "rb")
-        position = 0
         for line in self.file:
             if line.strip():
                 self.offsets.append(position)
@@ -272,10 +247,10 @@ class Documents:
         return len(self.offsets)
 
     def __getitem__(self, i):
-        self.file.seek(self.offsets[i])                   # i beyond the end: IndexError, which ends a for loop
+        self.file.seek(self.offsets[i])                   # beyond the end: IndexError, which ends a for loop
         try:
             row = json.loads(self.file.readline())
             return {"id": str(row.get("id", i + 1)), "text": writable(row["text"])}
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{self.path}: document {i + 1} is not a line of {{\"text\": …}}; "
-                            "run `prepare_data.py clean` on raw files first") from None
+            raise UserError(f"{self.path}: document {i + 1} is not a line of {{\"text\": \"…\"}}; give raw files to "
+                            "`prepare_data.py clean`") from None

@@ -1,5 +1,7 @@
-"""Token files: what training reads. SPLIT.bin is nothing but token ids, little-endian, one document after the other with
-one end-of-text token behind each; SPLIT.idx holds the document ends as uint64 offsets into it; SPLIT.json says the rest.
+"""Token files: what training reads.
+
+SPLIT.bin is nothing but token ids, little-endian, one document after the other with one end-of-text token behind each;
+SPLIT.idx holds the document ends as uint64 offsets into it; SPLIT.json says the rest.
 """
 import hashlib
 import json
@@ -9,19 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from nanollm.config import UserError
+from nanollm.corpus.io import progress
 
 BATCH = 256                               # documents encoded at a time
 
 
 def token_dtype(vocab_size):
-    """uint16 holds the ids 0..65535, so vocabularies up to 65,536; a larger id would wrap round without a word."""
+    """uint16 holds the ids 0..65535, so vocabularies up to 65,536; a larger id would silently wrap round."""
     return np.dtype("<u2") if vocab_size <= 65536 else np.dtype("<u4")
-
-
-def in_validation(text, fraction):
-    """Split by the content: a document keeps its side when the corpus grows, and equal texts are never on both."""
-    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < fraction * 2 ** 64
 
 
 def write_tokens(directory, split, texts, tokenizer):
@@ -50,3 +47,27 @@ def write_tokens(directory, split, texts, tokenizer):
             "n_bytes": n_bytes}
     (directory / f"{split}.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
     return meta
+
+
+def in_validation(text, fraction):
+    """Split by the content: a document keeps its side when the corpus grows, and equal texts are never on both."""
+    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < fraction * 2 ** 64
+
+
+def write_splits(directory, documents, tokenizer, val_fraction, seed):
+    """Split `documents` (a sequence of {"text"}), shuffle each side and write it; returns {"train": …, "val": …}.
+
+    Shuffled because corpora come sorted by source, and neighbours share a row. Only the order is in memory, and one
+    batch of texts.
+    """
+    held_out = np.array([in_validation(d["text"], val_fraction) for d in documents])
+    if held_out.all() or not held_out.any():
+        raise UserError(f"all {len(held_out):,} documents fell on one side of the validation split; use more documents "
+                        "(--doc_sep says where one ends) or another --val_fraction")
+    order, report = np.random.default_rng(seed).permutation(len(documents)), {}
+    for split in ("train", "val"):
+        numbers = order[held_out[order] == (split == "val")]
+        texts = (documents[i]["text"] for i in progress(numbers, desc=split, unit=" docs"))
+        report[split] = write_tokens(directory, split, texts, tokenizer)
+    return report

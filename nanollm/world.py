@@ -1,0 +1,665 @@
+"""The demo world: people, pets, places, colours and small numbers, in English and Chinese, whose truth is known.
+
+A corpus whose every random choice is known has an exact entropy: the sum of -log p over the choices, the floor that no
+model's loss can pass. The same grammar functions write a document (`Writer` draws each choice) and read it back
+(`Reader` finds in the text which choice was made), so the text determines the choices, and any text of this world
+can be weighed. Questions have one right answer, preferences a stated rule (`rate`). Some combinations (a person with
+a certain object, a sum of two certain numbers, a word in a certain question) are held out of everything trained on.
+"""
+import csv
+import functools
+import hashlib
+import json
+import math
+import random
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanollm.config import UserError
+
+# ------------------------------------------------------------------------------------------------------- the words
+
+NAMES = {"en": "Anna Ben Clara David Emma Finn Grace Henry Iris Jack Kate Leo Mia Noah Olive Peter Rose Sam Tina Victor".split(),
+         "zh": "小明 小红 小华 小丽 小刚 小美 小龙 小雨 小雪 小云 小林 小军 小芳 小强 小兰 小虎".split()}
+PET_NAMES = {"en": "Lucky Max Bella Coco Milo Luna Rocky Daisy Toby Ruby Oscar Lily".split(),
+             "zh": "豆豆 乐乐 花花 毛毛 球球 点点 多多 宝宝".split()}
+COLOURS = {"red": "红色", "blue": "蓝色", "green": "绿色", "yellow": "黄色", "white": "白色", "black": "黑色", "brown": "棕色",
+           "pink": "粉色", "purple": "紫色", "orange": "橙色"}
+PETS = {"cat": "猫", "dog": "狗", "bird": "鸟", "horse": "马", "rabbit": "兔子", "duck": "鸭子", "frog": "青蛙", "turtle": "乌龟",
+        "monkey": "猴子", "pig": "猪"}
+OBJECTS = {"ball": "球", "hat": "帽子", "book": "书", "cup": "杯子", "key": "钥匙", "kite": "风筝", "lamp": "灯", "bell": "铃铛",
+           "boat": "小船", "coin": "硬币", "ring": "戒指", "drum": "鼓"}
+PLACES = {"park": "公园", "garden": "花园", "forest": "森林", "river": "河边", "school": "学校", "market": "市场", "beach": "海滩",
+          "farm": "农场", "lake": "湖边", "castle": "城堡", "library": "图书馆", "station": "车站"}
+FOODS = {"apple": "苹果", "egg": "鸡蛋", "cake": "蛋糕", "pear": "梨", "banana": "香蕉", "carrot": "胡萝卜"}
+MOODS = {"happy": "高兴", "sad": "难过", "tired": "累", "hungry": "饿", "angry": "生气", "scared": "害怕"}
+WEATHER = {"sunny": "晴", "rainy": "雨", "windy": "风", "snowy": "雪", "cloudy": "阴", "foggy": "雾"}
+OPPOSITES = {"en": [("big", "small"), ("hot", "cold"), ("fast", "slow"), ("new", "old"), ("long", "short"), ("day", "night"),
+                    ("full", "empty"), ("open", "closed"), ("up", "down"), ("light", "dark")],
+             "zh": [("大", "小"), ("热", "冷"), ("快", "慢"), ("新", "旧"), ("长", "短"), ("白天", "黑夜"), ("满", "空"), ("开", "关"),
+                    ("上", "下"), ("高", "低")]}
+THINGS = {"en": {"grass": "green", "snow": "white", "coal": "black", "the sky": "blue", "the sun": "yellow", "a carrot": "orange",
+                 "a tomato": "red", "milk": "white", "a banana": "yellow", "chocolate": "brown", "a leaf": "green", "the sea": "blue"},
+          "zh": {"草": "绿色", "雪": "白色", "煤": "黑色", "天空": "蓝色", "太阳": "黄色", "胡萝卜": "橙色", "西红柿": "红色", "牛奶": "白色",
+                 "香蕉": "黄色", "巧克力": "棕色", "树叶": "绿色", "大海": "蓝色"}}
+DICTIONARY = COLOURS | PETS | OBJECTS | PLACES | FOODS
+DIGITS = [str(d) for d in range(1, 10)]
+
+
+@functools.lru_cache(None)
+def held_out(kind, *combination):
+    """True for about one combination in six: it occurs in no training file. Stable everywhere (no salted hash)."""
+    digest = hashlib.blake2b(repr((kind, *combination)).encode("utf-8"), digest_size=8).digest()
+    if kind == "sum":                                        # of a + b and b + a at most one is held out
+        a, b = sorted(combination)
+        first = hashlib.blake2b(repr((kind, a, b)).encode("utf-8"), digest_size=8).digest()
+        return a != b and first[0] % 3 == 0 and (combination == (a, b)) == bool(first[1] % 2)
+    return digest[0] % 6 == 0
+
+
+# ------------------------------------------------------------------------------------- writing and reading a text
+
+
+class NotOfThisWorld(Exception):
+    """The text cannot have been written by this grammar."""
+
+
+class Writer:
+    """Draws each choice and writes it down. spans: (start, end, kind, nats) over the characters of the text."""
+
+    def __init__(self, rng, held=False, **forced):
+        self.rng, self.held, self.forced = rng, held, forced
+        self.text, self.spans, self.choices = "", [], {}
+
+    def put(self, piece, kind, nats=0.0):
+        self.spans.append((len(self.text), len(self.text) + len(piece), kind, nats))
+        self.text += piece
+
+    def take(self, options):
+        return self.rng.choice(options)
+
+    def choose(self, options, key="", suffix=""):
+        """One of `options` (strings), all equally likely, and write it: -log p = log of their number."""
+        chosen = self.forced[key] if key in self.forced else self.take([o + suffix for o in options]).removesuffix(suffix)
+        if chosen not in options:
+            raise NotOfThisWorld(chosen)
+        self.put(chosen, "choice" if len(options) > 1 else "grammar", math.log(len(options)))
+        if suffix:
+            self.fix(suffix)
+        self.choices.setdefault(key, chosen)
+        return chosen
+
+    def fix(self, piece):
+        self.put(piece, "grammar")
+
+    def copy(self, piece):
+        """What the text before has determined: a name, a colour, a sum."""
+        self.put(piece, "copy")
+
+    def line(self, template, **copies):
+        """Grammar with copies in it: line("{N} looks for the {o}. ", N="Anna", o="ball")."""
+        while template:
+            before, brace, template = template.partition("{")
+            if before:
+                self.fix(before)
+            if brace:
+                name, _, template = template.partition("}")
+                self.copy(copies[name])
+
+
+class Reader(Writer):
+    """Finds the same choices in a given text instead of drawing them."""
+
+    def __init__(self, text, held=False):
+        super().__init__(None, held)
+        self.source = text
+
+    def put(self, piece, kind, nats=0.0):
+        if not self.source.startswith(piece, len(self.text)):
+            raise NotOfThisWorld(f"at character {len(self.text)}")
+        super().put(piece, kind, nats)
+
+    def take(self, options):
+        here = [o for o in options if self.source.startswith(o, len(self.text))]
+        if not here:
+            raise NotOfThisWorld(f"at character {len(self.text)}")
+        return max(here, key=len)
+
+
+# ------------------------------------------------------------------------------------------------------ the grammar
+# Every alternative shows at once in its first words, so that a Reader always knows which one it is in.
+
+
+def people(w, lang, kind, items):
+    """Names for which `items` has a combination on the right side of the held-out line, and those items for a name."""
+    allowed = lambda name: [i for i in items if held_out(kind, name, i) == w.held]
+    return [n for n in NAMES[lang] if allowed(n)], allowed
+
+
+def opening_en(w):
+    _, pets_of = people(w, "en", "pet", list(PETS))
+    _, objects_of = people(w, "en", "object", list(OBJECTS))
+    names = [n for n in NAMES["en"] if pets_of(n) and objects_of(n)]
+    start = w.choose(["This is ", "Near the ", "Once upon a time "])
+    if start == "This is ":
+        N = w.choose(names, "name")
+        w.line(". {N} lives near the ", N=N)
+        w.choose(list(PLACES), "home")
+    elif start == "Near the ":
+        w.choose(list(PLACES), "home")
+        w.fix(" lives ")
+        N = w.choose(names, "name")
+    else:
+        N = w.choose(names, "name")
+        w.fix(" lived near the ")
+        w.choose(list(PLACES), "home")
+    w.line(". {N} has a ", N=N)
+    w.choose(list(COLOURS), "pet_colour")
+    w.fix(" ")
+    pet = w.choose(pets_of(N), "pet")
+    w.fix(" called ")
+    P = w.choose(PET_NAMES["en"], "pet_name")
+    w.fix(". One ")
+    w.choose(list(WEATHER))
+    w.line(" day {N} finds a ", N=N)
+    colour = w.choose([c for c in COLOURS if c != w.choices["pet_colour"]], "colour")
+    w.fix(" ")
+    obj = w.choose(objects_of(N), "object")
+    w.fix(" in the ")
+    w.choose([p for p in PLACES if p != w.choices["home"]], "place")
+    w.fix(".")
+    return N, pet, P, colour, obj
+
+
+EVENTS_EN = [" Then ", " Soon ", " After that ", " Later ", " But ", " In a box "]
+
+
+def story_en(w, least=2, most=5):
+    N, pet, P, colour, obj = opening_en(w)
+    left, END = list(EVENTS_EN), " At last "
+    for n in range(most + 1):
+        event = w.choose((left if n < most else []) + ([END] if n >= least else []))
+        if event == END:
+            break
+        left.remove(event)
+        if event == " Then ":
+            w.line("{N} and {P} go to the ", N=N, P=P)
+            w.choose(list(PLACES))
+            w.fix(" and see ")
+            w.choose(DIGITS[1:])
+            w.fix(" ")
+            w.choose(list(COLOURS))
+            w.fix(" ")
+            w.choose(list(PETS))
+            w.fix("s.")
+        elif event == " Soon ":
+            F = w.choose([f for f in NAMES["en"] if f != N])
+            w.line(" comes and asks: is this your {c} {o}? {N} says: yes, {F}, it is my {o}.", c=colour, o=obj, N=N, F=F)
+        elif event == " After that ":
+            w.line("{P} hides the {c} {o} in the ", P=P, c=colour, o=obj)
+            place = w.choose(list(PLACES))
+            w.line(". {N} looks for the {o} and finds it in the {p}.", N=N, o=obj, p=place)
+        elif event == " Later ":
+            w.line("{N} gives {P} ", N=N, P=P)
+            n_food = w.choose(DIGITS[1:])
+            w.fix(" ")
+            food = w.choose(list(FOODS))
+            w.line("s, and the {t} eats all {n} {f}s.", t=pet, n=n_food, f=food)
+        elif event == " But ":
+            w.line("{P} is ", P=P)
+            mood = w.choose(list(MOODS))
+            w.line(". {N} says: do not be {m}, {P}.", N=N, m=mood, P=P)
+        else:
+            w.line("{N} finds ", N=N)
+            for last in (False, False, True):
+                w.choose(DIGITS[1:])
+                w.fix(" ")
+                w.choose(list(COLOURS))
+                w.fix(" ")
+                w.choose(list(OBJECTS))
+                w.fix("s." if last else "s and ")
+    w.line("{N}, {P} and the {o} are home, and {N} is ", N=N, P=P, o=obj)
+    w.choose(list(MOODS))
+    w.fix(".")
+
+
+def opening_zh(w):
+    zh = lambda table: list(table.values())
+    _, pets_of = people(w, "zh", "pet", zh(PETS))
+    _, objects_of = people(w, "zh", "object", zh(OBJECTS))
+    names = [n for n in NAMES["zh"] if pets_of(n) and objects_of(n)]
+    start = w.choose(["这是", "从前，", "有一个孩子叫"])
+    N = w.choose(names, "name")
+    w.line("。{N}住在", N=N) if start == "这是" else w.fix("住在")
+    w.choose(zh(PLACES), "home", "。")
+    w.line("{N}有一只", N=N)
+    w.choose(zh(COLOURS), "pet_colour")
+    w.fix("的")
+    pet = w.choose(pets_of(N), "pet", "，")
+    w.fix("名字叫")
+    P = w.choose(PET_NAMES["zh"], "pet_name")
+    w.fix("。一个")
+    w.choose(zh(WEATHER))
+    w.line("天，{N}在", N=N)
+    w.choose([p for p in zh(PLACES) if p != w.choices["home"]], "place")
+    w.fix("找到了一个")
+    colour = w.choose([c for c in zh(COLOURS) if c != w.choices["pet_colour"]], "colour")
+    w.fix("的")
+    obj = w.choose(objects_of(N), "object", "。")
+    return N, pet, P, colour, obj
+
+
+EVENTS_ZH = ["然后", "不久，", "后来", "接着", "可是", "在箱子里，"]
+
+
+def story_zh(w, least=2, most=5):
+    zh = lambda table: list(table.values())
+    N, pet, P, colour, obj = opening_zh(w)
+    left, END = list(EVENTS_ZH), "最后，"
+    for n in range(most + 1):
+        event = w.choose((left if n < most else []) + ([END] if n >= least else []))
+        if event == END:
+            break
+        left.remove(event)
+        if event == "然后":
+            w.line("{N}和{P}去了", N=N, P=P)
+            w.choose(zh(PLACES))
+            w.fix("，看见了")
+            w.choose(DIGITS[1:])
+            w.fix("只")
+            w.choose(zh(COLOURS))
+            w.fix("的")
+            w.choose(zh(PETS), "", "。")
+        elif event == "不久，":
+            F = w.choose([f for f in NAMES["zh"] if f != N])
+            w.line("来了，问：这是你的{c}的{o}吗？{N}说：是的，{F}，这是我的{o}。", c=colour, o=obj, N=N, F=F)
+        elif event == "后来":
+            w.line("{P}把{c}的{o}藏在", P=P, c=colour, o=obj)
+            place = w.choose(zh(PLACES), "", "。")
+            w.line("{N}去找{o}，在{p}找到了它。", N=N, o=obj, p=place)
+        elif event == "接着":
+            w.line("{N}给了{P}", N=N, P=P)
+            n_food = w.choose(DIGITS[1:])
+            w.fix("个")
+            food = w.choose(zh(FOODS), "", "，")
+            w.line("这只{t}把{n}个{f}都吃了。", t=pet, n=n_food, f=food)
+        elif event == "可是":
+            w.line("{P}很", P=P)
+            mood = w.choose(zh(MOODS), "", "。")
+            w.line("{N}说：{P}，不要{m}。", N=N, m=mood, P=P)
+        else:
+            w.line("{N}看见了", N=N)
+            for last in (False, False, True):
+                w.choose(DIGITS[1:])
+                w.fix("个")
+                w.choose(zh(COLOURS))
+                w.fix("的")
+                w.choose(zh(OBJECTS), "", "。" if last else "和")
+    w.line("{N}、{P}和{o}都回家了，{N}很", N=N, P=P, o=obj)
+    w.choose(zh(MOODS), "", "。")
+
+
+def numbers(w, kind):
+    """Two digits on the right side of the held-out line: a sum's, or the ends of a count."""
+    seconds = lambda a: [b for b in DIGITS if (kind == "sum" or 2 <= int(b) - int(a) <= 5) and held_out(kind, a, b) == w.held]
+    a = w.choose([a for a in DIGITS if seconds(a)])
+    yield a
+    yield w.choose(seconds(a))
+
+
+def count(a, b, comma):
+    return comma.join(str(i) for i in range(int(a), int(b) + 1))
+
+
+def facts_en(w, least=6, most=10):
+    END, space = "That is all.", ""
+    for n in range(most + 1):
+        kinds = ["The sum of ", "The opposite of ", "The colour of ", "In Chinese ", "From "] if n < most else []
+        kind = w.choose(kinds + ([END] if n >= least else []))
+        if kind == END:
+            break
+        if kind == "The sum of ":
+            pair = numbers(w, "sum")
+            a = next(pair)
+            w.fix(" and ")
+            b = next(pair)
+            w.line(" is {c}. ", c=str(int(a) + int(b)))
+        elif kind == "From ":
+            pair = numbers(w, "count")
+            a = next(pair)
+            w.fix(" to ")
+            b = next(pair)
+            w.line(" we count {l}. ", l=count(a, b, ", "))
+        else:
+            table = {"The opposite of ": both_ways("en"), "The colour of ": THINGS["en"], "In Chinese ": DICTIONARY}[kind]
+            word = w.choose(list(table), "", " is ")
+            w.line("{x}. ", x=table[word])
+
+
+def facts_zh(w, least=6, most=10):
+    END = "就是这些。"
+    for n in range(most + 1):
+        kinds = ["和：", "反义词：", "颜色：", "英文：", "从"] if n < most else []
+        kind = w.choose(kinds + ([END] if n >= least else []))
+        if kind == END:
+            break
+        if kind == "和：":
+            pair = numbers(w, "sum")
+            a = next(pair)
+            w.fix("加")
+            b = next(pair)
+            w.line("等于{c}。", c=str(int(a) + int(b)))
+        elif kind == "从":
+            pair = numbers(w, "count")
+            a = next(pair)
+            w.fix("数到")
+            b = next(pair)
+            w.line("：{l}。", l=count(a, b, "、"))
+        else:
+            table, link = {"反义词：": (both_ways("zh"), "的反义词是"), "颜色：": (THINGS["zh"], "的颜色是"),
+                           "英文：": ({zh: en for en, zh in DICTIONARY.items()}, "的英文是")}[kind]
+            word = w.choose(list(table), "", link)
+            w.line("{x}。", x=table[word])
+
+
+def both_ways(lang):
+    return dict(OPPOSITES[lang]) | {b: a for a, b in OPPOSITES[lang]}
+
+
+GRAMMAR = {"story_en": story_en, "story_zh": story_zh, "facts_en": facts_en, "facts_zh": facts_zh}
+SHARE = {"story_en": 0.4, "story_zh": 0.3, "facts_en": 0.15, "facts_zh": 0.15}
+
+
+@dataclass
+class Doc:
+    text: str
+    kind: str                     # a key of GRAMMAR
+    spans: list                   # (start, end, "choice" | "copy" | "grammar", nats), covering the text
+    nll: float                    # nats: -log p of this document
+
+
+def finish(w, kind):
+    """The kind of document is a choice too; it shows in the first words, so it belongs to the first span."""
+    start, end, what, nats = w.spans[0]
+    spans = [(start, end, "choice", nats - math.log(SHARE[kind])), *w.spans[1:]]
+    return Doc(w.text, kind, spans, sum(s[3] for s in spans))
+
+
+def documents(n, seed=0):
+    """n documents of the world as Doc, in order of creation."""
+    rng = random.Random(seed)
+    for _ in range(n):
+        kind = rng.choices(list(SHARE), list(SHARE.values()))[0]
+        w = Writer(rng)
+        GRAMMAR[kind](w)
+        yield finish(w, kind)
+
+
+def parse(text, held=False):
+    """The Doc behind a text, or None if this grammar cannot have written it. held=True reads held-out combinations."""
+    for kind, grammar in GRAMMAR.items():
+        r = Reader(text, held)
+        try:
+            grammar(r)
+        except (NotOfThisWorld, KeyError):
+            continue
+        if r.text == text:
+            return finish(r, kind)
+    return None
+
+
+# ---------------------------------------------------------------------------------------------- questions and answers
+
+POLITE = {"en": ["Sure! ", "Of course! "], "zh": ["好的！", "当然！"]}
+RUDE = {"en": ["Why ask me? ", "How silly. "], "zh": ["问我干什么？", "真笨。"]}
+
+# task -> language -> (questions, full answer, curt answer); the slots are filled by `exercise`.
+TASKS = {
+    "sum": {"en": (["What is {a} plus {b}?", "Add {a} and {b}.", "How much is {a} and {b}?"], "The sum of {a} and {b} is {x}.", "{x}."),
+            "zh": (["{a}加{b}等于几？", "请算一算{a}加{b}。", "{a}加上{b}是多少？"], "{a}加{b}等于{x}。", "{x}。")},
+    "opposite": {"en": (["What is the opposite of {w}?", "Tell me the opposite of {w}.", "Which word is the opposite of {w}?"],
+                        "The opposite of {w} is {x}.", "{x}."),
+                 "zh": (["{w}的反义词是什么？", "请告诉我{w}的反义词。", "哪个词是{w}的反义词？"], "{w}的反义词是{x}。", "{x}。")},
+    "colour": {"en": (["What colour is {w}?", "Tell me the colour of {w}.", "What is the colour of {w}?"], "The colour of {w} is {x}.", "{x}."),
+               "zh": (["{w}是什么颜色的？", "请告诉我{w}的颜色。", "{w}的颜色是什么？"], "{w}的颜色是{x}。", "{x}。")},
+    "count": {"en": (["Count from {a} to {b}.", "Please count from {a} to {b}.", "Can you count from {a} to {b}?"],
+                     "From {a} to {b} we count {x}.", "{x}."),
+              "zh": (["从{a}数到{b}。", "请从{a}数到{b}。", "你会从{a}数到{b}吗？"], "从{a}数到{b}：{x}。", "{x}。")},
+    "translate": {"en": (["What is {w} in Chinese?", "How do you say {w} in Chinese?", "Translate {w} into Chinese."], "In Chinese {w} is {x}.", "{x}."),
+                  "zh": (["{w}的英文是什么？", "{w}用英文怎么说？", "请把{w}翻译成英文。"], "{w}的英文是{x}。", "{x}。")},
+}
+# about a story just told: what is asked -> question, full answer; the curt answer is {x} alone
+ABOUT = {"en": {"home": ("Where does {N} live?", "{N} lives near the {x}."), "pet": ("What pet does {N} have?", "{N} has a {x}."),
+                "pet_name": ("What is the {pet} called?", "The {pet} is called {x}."), "colour": ("What colour is the {object}?", "The {object} is {x}."),
+                "object": ("What does {N} find?", "{N} finds a {x}."), "place": ("Where is the {object}?", "The {object} is in the {x}.")},
+         "zh": {"home": ("{N}住在哪里？", "{N}住在{x}。"), "pet": ("{N}有一只什么？", "{N}有一只{x}。"),
+                "pet_name": ("这只{pet}叫什么名字？", "这只{pet}叫{x}。"), "colour": ("{object}是什么颜色的？", "{object}是{x}的。"),
+                "object": ("{N}找到了什么？", "{N}找到了{x}。"), "place": ("{object}在哪里？", "{object}在{x}。")}}
+WRITE = {"en": ["Write a story about {N} and a {pet}.", "Tell me a story about {N} and a {pet}."],
+         "zh": ["请写一个关于{N}和{pet}的故事。", "给我讲一个{N}和{pet}的故事。"]}
+STOP = {"en": ".", "zh": "。"}
+
+
+def exercise(rng, task, lang, held):
+    """One question on the right side of the held-out line: (question, full answer, curt answer, a wrong curt answer, facts)."""
+    if task in ("story", "about"):
+        w = Writer(rng, held)
+        if task == "story":
+            (story_en if lang == "en" else story_zh)(w, 1, 2)
+            ask = rng.choice(WRITE[lang]).format(N=w.choices["name"], pet=w.choices["pet"])
+            return ask, w.text, None, None, {"name": w.choices["name"], "pet": w.choices["pet"]}
+        (opening_en if lang == "en" else opening_zh)(w)
+        key = rng.choice(list(ABOUT[lang]))
+        ask, full = ABOUT[lang][key]
+        slots = w.choices | {"N": w.choices["name"], "x": w.choices[key]}
+        others = {"home": PLACES, "place": PLACES, "pet": PETS, "colour": COLOURS, "object": OBJECTS}.get(key, {n: n for n in PET_NAMES[lang]})
+        wrong = rng.choice([o for o in (others.keys() if lang == "en" else others.values()) if o != slots["x"]])
+        return (w.text + ("\n" if lang == "zh" else "\n") + ask.format(**slots), full.format(**slots), slots["x"] + STOP[lang],
+                full.format(**slots | {"x": wrong}), {})
+    asks, full, curt = TASKS[task][lang]
+    while True:
+        ask = rng.choice(asks)
+        if task in ("sum", "count"):
+            a, b = rng.choice(DIGITS), rng.choice(DIGITS)
+            if task == "count" and not 2 <= int(b) - int(a) <= 5 or held_out(task, a, b) != held:
+                continue
+            comma = ", " if lang == "en" else "、"
+            x = str(int(a) + int(b)) if task == "sum" else count(a, b, comma)
+            wrong = str(int(a) + int(b) + rng.choice((-1, 1, 2))) if task == "sum" else count(a, str(int(b) - 1), comma)
+            slots = {"a": a, "b": b, "x": x}
+        else:
+            table = {"opposite": both_ways(lang), "colour": THINGS[lang],
+                     "translate": DICTIONARY if lang == "en" else {zh: en for en, zh in DICTIONARY.items()}}[task]
+            word = rng.choice(list(table))
+            if held_out(task, lang, word, asks.index(ask)) != held:
+                continue
+            wrong = rng.choice([x for x in table.values() if x != table[word]])
+            slots = {"w": word, "x": table[word]}
+        return ask.format(**slots), full.format(**slots), curt.format(**slots), full.format(**slots | {"x": wrong}), {}
+
+
+TASK_NAMES = [*TASKS, "about", "story"]
+
+
+def styled(rng, lang, full, curt):
+    """An answer as people give it: half of them polite, half complete, independently."""
+    core = full if curt is None or rng.random() < 0.5 else curt
+    return (rng.choice(POLITE[lang]) if rng.random() < 0.5 else "") + core
+
+
+def chat_row(rng, task, held):
+    """{"messages", "task", "lang", "answer", "accept", …}: the last answer is the one that is judged."""
+    lang = rng.choice(["en", "zh"])
+    messages = []
+    if task != "story" and rng.random() < 0.2:               # a conversation: another question goes before
+        ask, full, curt, _, _ = exercise(rng, rng.choice(list(TASKS)), lang, False)
+        messages = [{"role": "user", "content": ask}, {"role": "assistant", "content": styled(rng, lang, full, curt)}]
+    ask, full, curt, wrong, must = exercise(rng, task, lang, held)
+    messages += [{"role": "user", "content": ask}, {"role": "assistant", "content": styled(rng, lang, full, curt)}]
+    return {"messages": messages, "task": task, "lang": lang, "answer": full, "accept": [a for a in (full, curt) if a],
+            "must": must, "wrong": wrong}
+
+
+def chat_rows(n, split, seed=0):
+    """n chat rows, all tasks alike. split "train" never holds a held-out combination, "val" is made of them."""
+    rng = random.Random(f"chat {split} {seed}")
+    rows = [chat_row(rng, TASK_NAMES[i % len(TASK_NAMES)], split == "val") for i in range(n)]
+    rng.shuffle(rows)
+    return [{k: v for k, v in row.items() if k != "wrong"} for row in rows]
+
+
+def strip_manners(text, lang):
+    """(politeness: 1, 0 or -1, the rest of the text)."""
+    for sign, phrases in ((1, POLITE[lang]), (-1, RUDE[lang])):
+        for phrase in phrases:
+            if text.startswith(phrase):
+                return sign, text[len(phrase):]
+    return 0, text
+
+
+def is_story_of(text, must):
+    """True if the text is a whole story of this world, about the person and the pet asked for."""
+    for held in (False, True):
+        for grammar in (story_en, story_zh):
+            r = Reader(text, held)
+            try:
+                grammar(r, 1, 5)
+            except (NotOfThisWorld, KeyError):
+                continue
+            if r.text == text and all(r.choices[k] == v for k, v in must.items()):
+                return True
+    return False
+
+
+def correct(row, text):
+    """Is `text` a right answer to the last question of `row`? Manners are not looked at; curt and full both count.
+    A story is judged by reading it back: whole, grammatical, consistent, and about whom it should be."""
+    _, core = strip_manners(text.strip(), row["lang"])
+    return is_story_of(core, row["must"]) if row["task"] == "story" else core in row["accept"]
+
+
+def rate(row, text):
+    """The rule behind the preferences: right 4, polite 1, complete 1; rude -2; saying a sentence twice in a row -1."""
+    manners, core = strip_manners(text.strip(), row["lang"])
+    right = correct(row, text)
+    complete = right and (row["task"] == "story" or core == row["answer"])
+    sentences = [s for s in core.replace("。", ".").split(".") if s.strip()]
+    repeats = any(a.strip() == b.strip() for a, b in zip(sentences, sentences[1:]))
+    return 4.0 * right + 1.0 * complete + (1.0 if manners > 0 else -2.0 if manners < 0 else 0.0) - 1.0 * repeats
+
+
+def preference_rows(n, split, seed=0):
+    """n pairs: chosen is right, polite and complete; rejected misses one of these, and `why` says which."""
+    rng, rows = random.Random(f"prefs {split} {seed}"), []
+    while len(rows) < n:
+        task = TASK_NAMES[len(rows) % len(TASK_NAMES)]
+        row = chat_row(rng, task, split == "val")
+        lang, full = row["lang"], row["answer"]
+        polite = rng.choice(POLITE[lang])
+        why = rng.choice(["plain", "rude", "truncated", "repetitive"] + (["wrong", "curt"] if task != "story" else []))
+        rejected = {"plain": full, "rude": rng.choice(RUDE[lang]) + full, "truncated": polite + full[: rng.randint(len(full) // 3, len(full) * 2 // 3)],
+                    "repetitive": polite + full + (" " if lang == "en" else "") + full, "wrong": polite + str(row["wrong"]),
+                    "curt": polite + row["accept"][-1]}[why]
+        pair = {"prompt": row["messages"][:-1], "chosen": polite + full, "rejected": rejected.rstrip(), "why": why,
+                **{k: row[k] for k in ("task", "lang", "answer", "accept", "must")}}
+        assert rate(pair, pair["chosen"]) > rate(pair, pair["rejected"]), pair
+        rows.append(pair)
+    return rows
+
+
+def multiple_choice(n, seed=0):
+    """Held-out questions with four options, one right: rows of CMMLU's CSV columns (Question, A, B, C, D, Answer)."""
+    rng, rows = random.Random(f"mc {seed}"), []
+    while len(rows) < n:
+        task, lang = rng.choice(["sum", "opposite", "colour", "translate"]), rng.choice(["en", "zh"])
+        ask, full, _, _, _ = exercise(rng, task, lang, True)
+        options = {full}
+        while len(options) < 4:
+            x = full.rsplit(" ", 1)[-1] if lang == "en" else full.split("是")[-1].split("等于")[-1]
+            pool = ([str(i) for i in range(2, 19)] if task == "sum" else
+                    list({"opposite": both_ways(lang), "colour": THINGS[lang],
+                          "translate": DICTIONARY if lang == "en" else {v: k for k, v in DICTIONARY.items()}}[task].values()))
+            options.add(full.removesuffix(x) + rng.choice(pool) + STOP[lang])
+        options = sorted(options)
+        rng.shuffle(options)
+        rows.append([ask, *options, "ABCD"[options.index(full)]])
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------- the files
+
+SIZES = {"demo": dict(documents=28000, near_copies=150, junk=60, chats=6000, val_chats=420, pairs=3000, val_pairs=240, choices=200),
+         "smoke": dict(documents=600, near_copies=12, junk=9, chats=300, val_chats=28, pairs=120, val_pairs=16, choices=20)}
+
+
+def shingles(text, n=5):
+    return {text[i : i + n] for i in range(len(text) - n + 1)}
+
+
+def near_copy(rng, text):
+    """The text with one character replaced: (copy, true Jaccard similarity of the character 5-grams), at least 0.9."""
+    while True:
+        i = rng.randrange(len(text) // 10, len(text) - 1)
+        copy = text[:i] + rng.choice("qxz" if text[i].isascii() else "丁卜甲") + text[i + 1 :]
+        if not text[i].isalpha():
+            continue
+        a, b = shingles(text), shingles(copy)
+        similarity = len(a & b) / len(a | b)
+        if similarity >= 0.9:
+            return copy, similarity
+
+
+def junk(rng, reason, i):
+    """A document that cleaning must drop, for the reason named."""
+    if reason == "too_short":
+        return rng.choice(["A red cat.", "Hello.", "你好。", "一只猫。"])[:14]
+    if reason == "markup":
+        return "".join(f'<div class="b{rng.randrange(999)}"><a href="https://example.com/{i}/{rng.randrange(9999)}">go</a></div>' for _ in range(5))
+    return rng.choice(["!!!!!!!!!!!!", "。。。。。。。。。。", "?!?!?!?!?!?!", "########======="]) * rng.randint(3, 6)
+
+
+def write(out_dir, size="demo", seed=0):
+    """Write the raw files of the demo road into out_dir: documents.jsonl (with planted junk and near-copies), chat and
+    preference files, mc/demo.csv, and truth.json, which knows what was planted. Returns the content of truth.json."""
+    if size not in SIZES:
+        raise UserError(f"--size {size} is unknown; use {' or '.join(SIZES)}")
+    out, n, rng = Path(out_dir), SIZES[size], random.Random(seed)
+    (out / "mc").mkdir(parents=True, exist_ok=True)
+    rows, nats, size_bytes, seen = [], 0.0, 0, set()
+    for doc in documents(n["documents"], seed):
+        if doc.text not in seen:                             # an exact repetition would be a duplicate nobody planted
+            seen.add(doc.text)
+            rows.append((len(rows), doc.text))
+            nats, size_bytes = nats + doc.nll, size_bytes + len(doc.text.encode("utf-8"))
+    copies = []
+    long_enough = [r for r in rows if len(r[1]) > 140]
+    for at, text in rng.sample(long_enough, n["near_copies"]):
+        copy, similarity = near_copy(rng, text)
+        copies.append(similarity)
+        rows.append((rng.uniform(at, len(seen)), copy))      # somewhere after its original, which is the one to keep
+    reasons = Counter()
+    for i in range(n["junk"]):
+        reason = ("too_short", "markup", "repeated_punctuation")[i % 3]
+        reasons[reason] += 1
+        rows.append((rng.uniform(0, len(seen)), junk(rng, reason, i)))
+    rows.sort(key=lambda r: r[0])
+
+    def jsonl(name, items):
+        with open(out / name, "w", encoding="utf-8", newline="\n") as f:
+            f.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+
+    jsonl("documents.jsonl", ({"text": text} for _, text in rows))
+    jsonl("chat_train.jsonl", chat_rows(n["chats"], "train", seed))
+    jsonl("chat_val.jsonl", chat_rows(n["val_chats"], "val", seed))
+    jsonl("prefs_train.jsonl", preference_rows(n["pairs"], "train", seed))
+    jsonl("prefs_val.jsonl", preference_rows(n["val_pairs"], "val", seed))
+    with open(out / "mc" / "demo.csv", "w", encoding="utf-8", newline="") as f:
+        table = csv.writer(f)
+        table.writerow(["", "Question", "A", "B", "C", "D", "Answer"])
+        table.writerows([i, *row] for i, row in enumerate(multiple_choice(n["choices"], seed)))
+    truth = {"documents": len(seen), "clean_planted": dict(reasons), "dedup_planted": len(copies),
+             "dedup_smallest_jaccard": round(min(copies), 4), "nats_per_document": nats / len(seen),
+             "entropy_bits_per_byte": nats / math.log(2) / size_bytes}
+    (out / "truth.json").write_text(json.dumps(truth, indent=1) + "\n", encoding="utf-8")
+    return truth

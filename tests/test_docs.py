@@ -1,0 +1,154 @@
+"""The README and the pages under docs/: every command runs as written, every link and test name exists, both languages agree."""
+import functools
+import importlib
+import inspect
+import math
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanollm import config, losses, optim
+from nanollm.corpus import dedup
+from nanollm.model import ModelArgs
+
+ROOT = Path(__file__).parent.parent
+ENGLISH = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CHINESE = [ROOT / "README_zh.md", *sorted((ROOT / "docs" / "zh").glob("*.md"))]
+PAGES = ENGLISH + CHINESE
+SHELL = ("", "sh", "bash", "console")
+HOSTS = {"pytorch.org", "python.org", "arxiv.org"}     # homepages and papers; everything else is named in words
+TOP_LEVEL = r"(?:org|com|net|io|cn|dev|co|ai|edu)"
+
+
+def text_of(page):
+    return page.read_text(encoding="utf-8")
+
+
+def blocks(page):
+    """[(language, text)] of the fenced code blocks."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", text_of(page), re.S | re.M)
+
+
+def commands(page):
+    """The command lines of the shell blocks, comments off, continued lines joined, as lists of words."""
+    for language, body in blocks(page):
+        if language in SHELL:
+            for line in body.replace("\\\n", " ").splitlines():
+                words = shlex.split(line.removeprefix("$ "), comments=True)
+                while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):          # an environment variable in front
+                    words = words[1:]
+                if words and words[0] in ("python", "torchrun"):
+                    yield words
+
+
+def check(words):
+    """Raises whatever is wrong (ImportError, AttributeError, UserError) if this command names no script or option of ours."""
+    if words[:2] == ["python", "-m"]:
+        if words[2].startswith("nanollm."):
+            module = importlib.import_module(words[2])
+            if hasattr(module, "Config"):
+                config.parse(module.Config, words[3:])
+        return
+    at = next(i for i, word in enumerate(words) if i and word.endswith(".py"))
+    module, rest = importlib.import_module(words[at].removesuffix(".py")), words[at + 1 :]
+    if words[at] == "prepare_data.py":
+        config.parse(getattr(module, rest[0].capitalize()), rest[1:])
+    else:
+        config.parse(module.Config, rest)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_command_names_a_script_and_options_that_exist(page):
+    """Parsed by the scripts' own rule, so a renamed flag or preset turns this red."""
+    for words in commands(page):
+        try:
+            check(words)
+        except Exception as e:
+            pytest.fail(f"{page.name}: `{shlex.join(words)}`: {e!r}")
+
+
+@functools.cache
+def options():
+    """Every option that exists anywhere: the scripts', their subcommands', the report's and the shell scripts'."""
+    known = {"--smoke", "--force", "--help", "--config", "--standalone", "--nproc_per_node", "--nnodes", "--node_rank",
+             "--master_addr", "--master_port", "--readme", "--run_dir", "--key"}
+    for path in ROOT.glob("*.py"):
+        for cls in vars(importlib.import_module(path.stem)).values():
+            if inspect.isclass(cls) and hasattr(cls, "__dataclass_fields__"):
+                known |= {f"--{name}" for name in cls.__dataclass_fields__}
+    return known
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_option_named_in_the_prose_exists(page):
+    """`--beta` in a sentence must be an option of some script."""
+    named = {m for code in re.findall(r"`([^`\n]+)`", text_of(page)) for m in re.findall(r"(?<!\S)--\w+", code)}
+    unknown = {n for n in named if n not in options() and n.replace("--no_", "--") not in options()}
+    assert not unknown, f"{page.name}: no script knows {sorted(unknown)}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_and_test_names_resolve(page):
+    """Relative links point at files; a test named as evidence exists."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
+        if "://" not in target and not target.startswith("#"):
+            assert (page.parent / target.split("#")[0]).exists(), f"{page.name}: dead link {target}"
+    tests = {name for file in (ROOT / "tests").glob("test_*.py") for name in re.findall(r"def (test_\w+)", text_of(file))}
+    files = {file.stem for file in (ROOT / "tests").glob("test_*.py")}
+    for name in re.findall(r"`(test_\w+)`", text_of(page)):
+        assert name in tests | files, f"{page.name}: no test is called {name}"
+
+
+def test_english_and_chinese_pages_stay_in_step():
+    """The same pages, headings of the same levels, code blocks (comments aside), rows of tables, links and tests."""
+    assert [p.name for p in ENGLISH[1:]] == [p.name for p in CHINESE[1:]]
+
+    def skeleton(page):
+        text = re.sub(r"^```.*?^```$", "", text_of(page), flags=re.S | re.M)
+        return {"headings": [len(h) for h in re.findall(r"^(#+) ", text, re.M)],
+                "code": [(lang, [line.split("  #")[0].split("# ")[0].rstrip() for line in body.splitlines()]) for lang, body in blocks(page)],
+                "rows of tables": len(re.findall(r"^\|", text, re.M)), "marks": re.findall(r"<!-- [\w:]+ -->", text),
+                "tests": sorted(re.findall(r"`(test_\w+)`", text)),
+                "links": sorted(t.split("/")[-1].replace("_zh.md", ".md") for t in re.findall(r"\]\(([^)\s#]+)", text))}
+
+    for en, zh in zip(ENGLISH, CHINESE):
+        for part, value in skeleton(en).items():
+            assert value == skeleton(zh)[part], f"{en.name} and its Chinese page differ in their {part}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_host_but_the_allowed_and_no_machine_path_is_named(page):
+    """A reader's mirror, home directory or index is his own business; of ours nothing may leak in."""
+    hosts = set(re.findall(rf"\b(?:[\w-]+\.)+{TOP_LEVEL}\b", text_of(page)))
+    assert hosts <= HOSTS, f"{page.name} names {sorted(hosts - HOSTS)}"
+    leak = re.search(r"(?<![\w.])/(?:work|home|root|tmp|mnt|Users|usr)/\S*|[A-Z]:\\\S*", text_of(page))
+    assert not leak, f"{page.name}: the machine path {leak[0]}"
+
+
+def test_every_logged_metric_is_explained_on_its_page():
+    """What the losses report, and the keys that every training script writes, stand in backticks in both languages."""
+    pairs = torch.zeros(4), torch.zeros(4), torch.ones(4), 0.1
+    _, _, of_dpo = losses.dpo_loss(*pairs)
+    _, _, of_rm = losses.reward_loss(torch.zeros(4, 3), torch.full((4,), 3))
+    want = {"pretrain": ["train/loss", "val/loss", "val/bits_per_byte", "lr", "grad_norm", "tokens", "tokens_per_s", "samples"],
+            "sft": ["train/loss", "val/loss", "val/perplexity"], "dpo": [f"train/{k}" for k in ("loss", *of_dpo)],
+            "reward_model": [f"train/{k}" for k in ("loss", *of_rm)] + ["val/longer_wins"]}
+    for name, keys in want.items():
+        for page in (ROOT / "docs" / f"{name}.md", ROOT / "docs" / "zh" / f"{name}.md"):
+            missing = [k for k in keys if f"`{k}`" not in text_of(page)]
+            assert not missing, f"{page}: not explained: {missing}"
+
+
+def test_numbers_quoted_in_the_pages_are_what_the_code_computes():
+    """The learning-rate table, FFN widths, first losses and LSH chances, in both languages."""
+    quoted = {"model": [ModelArgs(dim=d, multiple_of=m, n_heads=8).ffn_dim for d, m in ((512, 32), (512, 256), (1024, 32), (4096, 256))],
+              "pretrain": [f"{optim.get_lr(i, 3e-4, 1e-5, 500, 9000):.3g}" for i in (0, 250, 500, 4750, 9000, 9999)]
+              + [f"{math.log(v):.2f}" for v in (512, 6400, 32006, 64793)],
+              "data": [f"{1 - dedup.miss(s, *dedup.bands_and_rows(t, 128)):.2f}" for t in (0.7, 0.85) for s in (0.4, 0.6)]}
+    for name, numbers in quoted.items():
+        for page in (ROOT / "docs" / f"{name}.md", ROOT / "docs" / "zh" / f"{name}.md"):
+            missing = [n for n in map(str, numbers) if n not in text_of(page)]
+            assert not missing, f"{page} does not quote {missing}"

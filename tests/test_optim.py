@@ -1,0 +1,165 @@
+"""The learning-rate table of the notes, what decays, and Muon."""
+import copy
+
+import pytest
+import torch
+
+from conftest import tiny_lm
+from nanollm.config import UserError
+from nanollm.optim import get_lr, make_optimizer, orthogonalize
+
+
+@pytest.mark.parametrize("it, lr", [(0, 0.0), (250, 1.5e-4), (500, 3e-4), (4750, 1.55e-4), (9000, 1e-5), (9999, 1e-5)])
+def test_schedule_equals_the_table_of_the_notes(it, lr):
+    """Warmup 500, decay to 9,000, 3e-4 down to 1e-5."""
+    assert get_lr(it, 3e-4, 1e-5, 500, 9000) == pytest.approx(lr, rel=1e-12)
+
+
+def test_an_overlong_cosine_ends_above_its_floor():
+    """Decay set to 110,000 of 100,000 steps: 90.9 % of the half wave are done, 2.03 % of the height are left."""
+    assert get_lr(100_000, 1.0, 0.0, 0, 110_000) == pytest.approx(0.0203, abs=5e-5)
+
+
+def test_wsd_holds_the_peak_and_comes_down_over_the_last_30_percent():
+    lrs = [get_lr(i, 1.0, 0.1, 10, 110, "wsd") for i in range(111)]
+    assert lrs[5] == 0.5 and set(lrs[10:81]) == {1.0} and lrs[95] == pytest.approx(0.55) and lrs[110] == 0.1
+    assert all(a > b for a, b in zip(lrs[80:], lrs[81:]))
+
+
+def test_constant_warms_up_and_stays():
+    assert [get_lr(i, 1.0, 0.1, 2, 4, "constant") for i in range(6)] == [0, 0.5, 1, 1, 1, 1]
+
+
+def test_no_warmup_starts_at_the_peak():
+    assert get_lr(0, 1.0, 0.1, 0, 10) == 1.0
+
+
+def test_an_unknown_schedule_or_optimizer_is_refused():
+    with pytest.raises(UserError, match="--schedule linear is unknown"):
+        get_lr(1, 1.0, 0.1, 0, 10, "linear")
+    with pytest.raises(UserError, match="--optimizer sgd is unknown"):
+        make_optimizer(tiny_lm(), "sgd")
+
+
+def group_of(optimizer, p):
+    return next(g for g in optimizer.param_groups if any(p is q for q in g["params"]))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_decay_falls_on_matrices_and_embeddings_only(kind):
+    """Each trained parameter is in exactly one group; norm gains never decay; frozen ones are not there at all."""
+    model = tiny_lm()
+    model.layers[0].attention.wq.weight.requires_grad_(False)
+    optimizer = make_optimizer(model, kind, weight_decay=0.3)
+    grouped = [p for g in optimizer.param_groups for p in g["params"]]
+    assert len(grouped) == len({id(p) for p in grouped}) == sum(p.requires_grad for p in model.parameters())
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert group_of(optimizer, p)["weight_decay"] == (0.3 if p.dim() >= 2 else 0.0), name
+
+
+def test_adamw_shrinks_a_matrix_and_spares_a_gain():
+    """With zero gradients only decay is left: matrices times 1 - lr * decay, gains untouched."""
+    model = tiny_lm()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = make_optimizer(model, learning_rate=0.1, weight_decay=0.5)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name] * (0.95 if p.dim() >= 2 else 1.0))
+
+
+def test_muon_takes_the_matrices_of_the_blocks_only():
+    """Embedding and output (sparse or classifying rows) and gains stay with AdamW; the rate is muon_lr at the peak."""
+    model = tiny_lm(tie_embeddings=False)
+    optimizer = make_optimizer(model, "muon", learning_rate=1e-3, muon_lr=0.02)
+    for name, p in model.named_parameters():
+        group = group_of(optimizer, p)
+        assert group["muon"] == (p.dim() == 2 and name.startswith("layers.")), name
+        assert 1e-3 * group["lr_scale"] == pytest.approx(0.02 if group["muon"] else 1e-3)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (64, 16), (16, 64), (48, 32)])
+def test_orthogonalize_brings_all_singular_values_near_one(shape):
+    """Also when they span three orders of magnitude, for tall and wide matrices; and the singular vectors stay."""
+    g = torch.Generator().manual_seed(0)
+    u, _ = torch.linalg.qr(torch.randn(shape[0], min(shape), generator=g))
+    v, _ = torch.linalg.qr(torch.randn(shape[1], min(shape), generator=g))
+    matrix = u * torch.logspace(0, -1.7, min(shape)) @ v.T
+    out = orthogonalize(matrix)
+    s = torch.linalg.svdvals(out)
+    assert 0.6 < s.min() and s.max() < 1.3
+    core = u.T @ out @ v
+    assert (core - core.diag().diag()).abs().max() < 1e-3 and core.diag().min() > 0.6
+
+
+def test_orthogonalize_of_a_stack_equals_one_by_one():
+    stack = torch.randn(5, 12, 20, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(orthogonalize(stack), torch.stack([orthogonalize(m) for m in stack]), rtol=1e-4, atol=1e-5)
+
+
+def test_orthogonalize_survives_a_zero_matrix():
+    assert orthogonalize(torch.zeros(4, 8)).abs().sum() == 0
+
+
+def one_update(model, optimizer, seed):
+    tokens = torch.randint(0, 60, (2, 9), generator=torch.Generator().manual_seed(seed))
+    logits = model(tokens[:, :-1])
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_the_first_update_moves_every_parameter(kind):
+    """Also with the first rate of a warmup, get_lr(1): at get_lr(0) nothing would move."""
+    model = tiny_lm()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = make_optimizer(model, kind, weight_decay=0.0)
+    for group in optimizer.param_groups:
+        group["lr"] = get_lr(1, 3e-4, 1e-5, 50, 100) * group["lr_scale"]
+        assert group["lr"] > 0
+    one_update(model, optimizer, 0)
+    assert all((v != before[k]).any() for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_optimizer_state_saves_and_loads(kind, tmp_path):
+    """2 + 2 updates through a file equal 4 updates, bit for bit."""
+    straight = tiny_lm()
+    optimizer = make_optimizer(straight, kind)
+    for i in range(4):
+        one_update(straight, optimizer, i)
+    first = tiny_lm()
+    optimizer = make_optimizer(first, kind)
+    for i in range(2):
+        one_update(first, optimizer, i)
+    torch.save(optimizer.state_dict(), tmp_path / "o.pt")
+    second = tiny_lm(seed=1)
+    second.load_state_dict(first.state_dict())
+    optimizer = make_optimizer(second, kind)
+    optimizer.load_state_dict(torch.load(tmp_path / "o.pt", weights_only=True))
+    for i in range(2, 4):
+        one_update(second, optimizer, i)
+    assert all(torch.equal(v, second.state_dict()[k]) for k, v in straight.state_dict().items())
+
+
+def test_muon_lowers_a_loss():
+    """64 random next tokens to learn by heart: 30 updates bring the loss below half."""
+    torch.manual_seed(0)
+    model = tiny_lm(n_layers=1)
+    optimizer = make_optimizer(model, "muon", learning_rate=3e-3, muon_lr=0.02, weight_decay=0.0)
+    tokens = torch.randint(0, 60, (4, 17))
+    losses = []
+    for _ in range(30):
+        loss = torch.nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_zero_learning_rate_is_no_crash():
+    make_optimizer(tiny_lm(), "adamw", learning_rate=0.0)
