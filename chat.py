@@ -6,7 +6,6 @@
 /reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer. A checkpoint that has only been
 pretrained cannot answer; it goes on with the text instead.
 """
-import signal
 from dataclasses import dataclass
 
 import torch
@@ -93,10 +92,7 @@ def main(cfg):
                      ("repetition_penalty", cfg.repetition_penalty > 0), ("max_new_tokens", cfg.max_new_tokens > 0)):
         if not ok:
             raise UserError(f"--{name} {getattr(cfg, name)} makes no sense; see --help for the range")
-    device = dist.init(cfg.device).device
-    signal.signal(signal.SIGINT, signal.default_int_handler)               # here Ctrl-C interrupts an answer
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    model, tok, meta = checkpoint.load(cfg.init_from, device, "lm")
+    model, tok, meta = checkpoint.load(cfg.init_from, dist.choose_device(cfg.device), "lm")
     chat = Chat(model, tok, cfg, completion=meta["stage"] == "pretrain")
     if chat.completion:
         print("note: this checkpoint is only pretrained: it continues text and answers no questions; "

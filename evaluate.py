@@ -9,7 +9,6 @@
 """
 import json
 import os
-import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +99,7 @@ def chat(cfg, model, tok):
 def demo(cfg):
     """The numbers of the demo road, each beside what is known to be true: see docs/ for what they mean."""
     root, raw, numbers, began = Path(cfg.run_dir), Path(cfg.run_dir) / "raw", {}, time.time()
-    device = dist_device(cfg)
+    device = dist.choose_device(cfg.device)
     model, tok, _ = checkpoint.load(root / "pretrain", device, "lm")
     val = TokenFile(root / "tokens", "val", model.args.max_seq_len, "documents", tok.hash)
     whole = evaluation.lm_loss(model, tok, val)
@@ -152,13 +151,6 @@ def demo(cfg):
     return numbers
 
 
-def dist_device(cfg):
-    device = dist.init(cfg.device).device
-    signal.signal(signal.SIGINT, signal.default_int_handler)               # no checkpoint to finish here: Ctrl-C means now
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    return device
-
-
 def table(result):
     """A flat view for the terminal: numbers first, then one line for each entry of a nested table."""
     for key, value in result.items():
@@ -183,7 +175,7 @@ def main(cfg):
                 raise UserError(f"--task {cfg.task} needs --{name}; see --help for an example")
         if not Path(cfg.data).exists():
             raise UserError(f"--data {cfg.data} does not exist")
-        model, tok, meta = checkpoint.load(cfg.init_from, dist_device(cfg), "reward" if cfg.task == "rm" else "lm")
+        model, tok, meta = checkpoint.load(cfg.init_from, dist.choose_device(cfg.device), "reward" if cfg.task == "rm" else "lm")
         if cfg.task == "rm":
             pairs = PreferenceRows(read_rows([cfg.data], max_bad=cfg.max_bad), tok, model.args.max_seq_len, max_bad=cfg.max_bad)
             pairs.pairs = some(pairs.pairs, cfg)

@@ -80,6 +80,8 @@ def to_hf(cfg):
 def from_hf(cfg):
     """Read a LlamaForCausalLM directory (one or several safetensors files) into a checkpoint under --out."""
     safetensors, source = hf.safetensors(), Path(cfg.from_hf)
+    if any(Path(cfg.out).glob(checkpoint.PREFIX + "*")):
+        raise UserError(f"--out {cfg.out} already holds checkpoints; choose another directory")
     table = read_json(source / "config.json")
     args = hf.from_hf_config(table)
     files = sorted(source.glob("model*.safetensors"))

@@ -94,13 +94,13 @@ def stage(cfg, name, inputs, settings, work):
     report.json remembers. OUT/report.json gathers the reports of all stages.
     """
     target = Path(cfg.out) / name
-    memory, aside = target / "report.json", target.with_name(target.name + ".tmp")
+    aside, before = Path(f"{target}.tmp"), read_report(target)
     signature = {"settings": settings,
                  "inputs": [[p.as_posix(), p.stat().st_size, p.stat().st_mtime_ns] for p in inputs]}
-    if memory.is_file() and not cfg.force and read_json(memory)["signature"] == signature:
+    if before and before["signature"] == signature and not cfg.force:
         print(f"{target.name}: {target.as_posix()} is complete for these inputs, skipped (--force redoes it)")
         return
-    if target.exists() and not memory.is_file() and (target.is_file() or any(target.iterdir())):
+    if not before and target.exists() and (target.is_file() or any(target.iterdir())):
         raise UserError(f"--out: {target} holds something that prepare_data.py did not write; choose another directory")
     try:
         shutil.rmtree(aside, ignore_errors=True)          # the rest of an interrupted run
@@ -111,21 +111,25 @@ def stage(cfg, name, inputs, settings, work):
     start = time.time()
     report = work(aside)
     report |= {"seconds": round(time.time() - start, 2), "peak_rss_mb": peak_rss_mb(), "signature": signature}
-    write_json(aside / "report.json", report)
+    write_report(aside, report)
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)
     print(f"  {report['seconds']:.1f} s, peak memory {report['peak_rss_mb']} MB -> {target.as_posix()}", flush=True)
-    reports = {s: path for s in STAGES if (path := Path(cfg.out) / s / "report.json").is_file()}
     if name:
-        write_json(Path(cfg.out) / "report.json", {s: read_json(path) for s, path in reports.items()})
+        write_report(Path(cfg.out), {s: report for s in STAGES if (report := read_report(Path(cfg.out) / s))})
 
 
-def read_json(path):
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_report(directory):
+    """The report.json a stage has left in `directory`, or None: then the directory is not one of ours."""
+    try:
+        report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
+        return report if "signature" in report else None
+    except (OSError, ValueError):
+        return None
 
 
-def write_json(path, value):
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+def write_report(directory, report):
+    (directory / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def peak_rss_mb():
@@ -161,8 +165,8 @@ def demo(cfg):
     def work(out):
         from nanollm import world                         # only this command needs it
         world.write(out, cfg.size, cfg.seed)
-        files = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
-        print("\n".join(f"  {name:<20} {size:>12,} bytes" for name, size in files.items()))
+        files = {p.relative_to(out).as_posix(): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()}
+        print("\n".join(f"  {name:<18} {size:>12,} bytes" for name, size in files.items()))
         return {"files": files}
     stage(cfg, "", [], {"size": cfg.size, "seed": cfg.seed}, work)
 
@@ -230,7 +234,8 @@ def tokenizer(cfg):
         tok, pattern = given, tokenizers.pattern_for(cfg.vocab_size)
         if tok is None:
             texts = (d["text"] for d in io.progress(documents, desc="tokenizer", unit=" docs"))
-            merges = bpe.train_bpe(texts, cfg.vocab_size, pattern, say=lambda line: print(f"  {line}"))
+            merges = bpe.train_bpe(texts, cfg.vocab_size, pattern,
+                                   say=lambda line: print("  " + line.removeprefix("tokenizer: ")))
             tok = tokenizers.bpe_tokenizer(merges, pattern)
         tok.save(out)
         spread = np.linspace(0, len(documents) - 1, min(len(documents), 2000)).astype(int)   # over the whole corpus

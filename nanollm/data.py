@@ -270,9 +270,11 @@ def report_bad(bad, total, out_dir, max_bad):
         print(f"    {where}: {reason}: {head[:80]!r}", flush=True)
     if out_dir is not None:
         Path(out_dir).mkdir(parents=True, exist_ok=True)
-        with open(Path(out_dir) / "quarantine.jsonl", "a", encoding="utf-8") as f:
-            for where, reason, head in bad:
-                f.write(json.dumps({"where": where, "reason": reason, "head": head}, ensure_ascii=False) + "\n")
+        path = Path(out_dir) / "quarantine.jsonl"
+        lines = [json.dumps({"where": where, "reason": reason, "head": head}, ensure_ascii=False) for where, reason, head in bad]
+        known = set(path.read_text(encoding="utf-8").splitlines()) if path.exists() else set()
+        with open(path, "a", encoding="utf-8") as f:                         # a resumed run sets the same rows aside again
+            f.writelines(line + "\n" for line in lines if line not in known)
     if len(bad) > max_bad * total:
         raise UserError(f"{len(bad)} of {total} rows cannot be used, more than --max_bad {max_bad:.0%}; the first: "
                         f"{bad[0][0]}: {bad[0][1]}")

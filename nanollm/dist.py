@@ -48,11 +48,8 @@ class Context:
         return bool(self.sum(len(self.interrupted)) > 0)
 
 
-def init(device="auto"):
-    """Join the group that torchrun describes in RANK, LOCAL_RANK and WORLD_SIZE, or be a world of one.
-    device: auto, cpu, cuda, cuda:N or mps. Raises UserError if the wanted device is not there."""
-    rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in
-                                    (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+def choose_device(device="auto", local_rank=0):
+    """auto, cpu, cuda, cuda:N or mps as a torch.device. Raises UserError if it is not there."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -67,6 +64,15 @@ def init(device="auto"):
         device = torch.device("cuda", device.index if device.index is not None else local_rank)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")           # TF32 for what autocast leaves in fp32
+    return device
+
+
+def init(device="auto"):
+    """Join the group that torchrun describes in RANK, LOCAL_RANK and WORLD_SIZE, or be a world of one; from here to
+    finish(), Ctrl-C and SIGTERM ask the loop to save and stop instead of ending the process."""
+    rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in
+                                    (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    device = choose_device(device, local_rank)
     if world_size > 1 and not torch_dist.is_initialized():
         os.environ.setdefault("USE_LIBUV", "0")              # the Windows wheels are built without libuv
         torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

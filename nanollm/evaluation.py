@@ -98,8 +98,9 @@ def loss_by_kind(model, tok, texts, parse):
     """The loss of each kind of token beside its floor: {kind: {"loss", "floor", "tokens"}} and "all" of them together.
 
     parse(text) -> an object with .spans [(start_char, end_char, kind, nats)], or None for a foreign text, which is
-    left out. A token has the kind of its first byte, the nats of a span belong to the span's kind; the closing
-    <|endoftext|> and characters outside all spans are grammar (the text alone determines them).
+    left out. A token that writes any part of a choice is a choice, else a copy if it writes part of one, else grammar:
+    a BPE token often begins before the word it decides (" red", "一只红色"). The nats of a span belong to its kind; the
+    closing <|endoftext|> is grammar (the text before determines it).
     """
     known = [(text, parsed.spans) for text in texts if (parsed := parse(text)) is not None]
     if not known:
@@ -113,9 +114,10 @@ def loss_by_kind(model, tok, texts, parse):
             kinds[kind]["floor"] += nats
         byte = 0
         for token, loss in zip(ids, nll.tolist()):
-            kind = kinds[kind_of_byte[byte]]
+            size = len(tok.token_bytes(token))
+            kind = kinds[min(kind_of_byte[byte : byte + max(size, 1)], key=("choice", "copy", "grammar").index)]
             kind["loss"], kind["tokens"] = kind["loss"] + loss, kind["tokens"] + 1
-            byte += len(tok.token_bytes(token))
+            byte += size
     kinds["all"] = {key: sum(k[key] for k in kinds.values()) for key in ("loss", "floor", "tokens")}
     return {kind: {"loss": k["loss"] / max(k["tokens"], 1), "floor": k["floor"] / max(k["tokens"], 1), "tokens": k["tokens"]}
             for kind, k in kinds.items()}

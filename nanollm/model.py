@@ -30,19 +30,17 @@ class ModelArgs:
     attention: str = "sdpa"        # "sdpa": F.scaled_dot_product_attention; "naive": the formula spelled out
 
     def __post_init__(self):
+        """Raises ValueError for a shape that cannot be built."""
         self.n_kv_heads = self.n_kv_heads or self.n_heads
-        for ok, why in [
-            (self.dim % self.n_heads == 0, f"dim {self.dim} is not divisible by n_heads {self.n_heads}"),
-            (self.n_heads % self.n_kv_heads == 0,
-             f"n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}"),
-            ((self.dim // self.n_heads) % 2 == 0,
-             f"RoPE rotates pairs: dim / n_heads = {self.dim / self.n_heads} must be even"),
-            (self.attention in ("sdpa", "naive"), f"attention must be 'sdpa' or 'naive', got {self.attention!r}"),
-            (min(self.dim, self.n_layers, self.vocab_size, self.max_seq_len, self.multiple_of) > 0,
-             "dim, n_layers, vocab_size, multiple_of and max_seq_len must be positive"),
-        ]:
-            if not ok:
-                raise ValueError(why)
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.dim % self.n_heads or self.dim // self.n_heads % 2:
+            raise ValueError(f"dim {self.dim} must be n_heads {self.n_heads} times an even number: RoPE rotates pairs")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}")
+        if self.attention not in ("sdpa", "naive"):
+            raise ValueError(f"attention must be 'sdpa' or 'naive', got {self.attention!r}")
 
     @property
     def ffn_dim(self):

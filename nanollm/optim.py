@@ -15,6 +15,8 @@ def get_lr(it, learning_rate, min_lr, warmup_steps, decay_steps, schedule="cosin
     """
     if schedule not in ("cosine", "wsd", "constant"):
         raise UserError(f"--schedule {schedule} is unknown; use cosine, wsd or constant")
+    if min_lr > learning_rate:
+        raise UserError(f"--min_lr {min_lr} lies above --learning_rate {learning_rate}: the schedule would rise; lower it")
     if it < warmup_steps:
         return learning_rate * it / warmup_steps
     if schedule == "constant":

@@ -455,7 +455,7 @@ def exercise(rng, task, lang, held):
         slots = w.choices | {"N": w.choices["name"], "x": w.choices[key]}
         others = {"home": PLACES, "place": PLACES, "pet": PETS, "colour": COLOURS, "object": OBJECTS}.get(key, {n: n for n in PET_NAMES[lang]})
         wrong = rng.choice([o for o in (others.keys() if lang == "en" else others.values()) if o != slots["x"]])
-        return (w.text + ("\n" if lang == "zh" else "\n") + ask.format(**slots), full.format(**slots), slots["x"] + STOP[lang],
+        return (w.text + "\n" + ask.format(**slots), full.format(**slots), slots["x"] + STOP[lang],
                 full.format(**slots | {"x": wrong}), {})
     asks, full, curt = TASKS[task][lang]
     while True:

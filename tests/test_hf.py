@@ -229,6 +229,7 @@ def test_wrong_input_is_refused_in_one_sentence(tok, tmp_path, monkeypatch):
         (dict(init_from=tmp_path / "char", out=tmp_path / "x"), "no tokenizer.json form"),
         (dict(init_from=tmp_path / "run", out=tmp_path / "x", dtype="int8"), "--dtype must be"),
         (dict(from_hf=tmp_path / "empty", out=tmp_path / "x"), "config.json does not exist"),
+        (dict(from_hf=tmp_path / "hf", out=tmp_path / "run"), "already holds checkpoints"),
     ]:
         with pytest.raises(UserError, match=match):
             run(**options)

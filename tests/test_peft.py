@@ -218,7 +218,7 @@ def test_forward_and_gradients_equal_peft(targets):
         twins[name].lora_A["default"].weight.data.copy_(m.lora_A.data)
         twins[name].lora_B["default"].weight.data.copy_(m.lora_B.data)
     a, b = ours(IDS), theirs(input_ids=IDS).logits
-    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-6)                 # logits of size 10: 1e-6 relative
+    torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
     for out in (a, b):
         F.cross_entropy(out[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).backward()
     for name, m in lora_layers(ours):
@@ -240,9 +240,9 @@ def test_peft_loads_our_adapter_files(tmp_path):
     save_adapter(ours, tmp_path / "adapter", base="some/base")
     theirs = PeftModel.from_pretrained(llama(), tmp_path / "adapter").eval()
     with torch.no_grad():
-        torch.testing.assert_close(logits(ours), theirs(input_ids=IDS).logits, atol=1e-5, rtol=1e-6)
+        torch.testing.assert_close(logits(ours), theirs(input_ids=IDS).logits, atol=1e-6, rtol=1e-6)
         with theirs.disable_adapter(), disable_adapter(ours):
-            torch.testing.assert_close(logits(ours), theirs(input_ids=IDS).logits, atol=1e-5, rtol=1e-6)
+            torch.testing.assert_close(logits(ours), theirs(input_ids=IDS).logits, atol=1e-6, rtol=1e-6)
     theirs.save_pretrained(tmp_path / "again")
     a, b = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("adapter", "again"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -263,7 +263,7 @@ def test_we_load_peft_adapter_files(tmp_path, rslora):
     ours = build()
     load_adapter(ours, tmp_path)
     with torch.no_grad():
-        torch.testing.assert_close(logits(ours), theirs(input_ids=IDS).logits, atol=1e-5, rtol=1e-6)
+        torch.testing.assert_close(logits(ours), theirs(input_ids=IDS).logits, atol=1e-6, rtol=1e-6)
     assert (logits(ours) - logits(build())).abs().max() > 0.1
 
 

@@ -23,9 +23,9 @@ INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u
 ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")     # not "x&not"
 
 # Known element names only: "<unk>", "a<b and c>d" and "<3" are text. Attributes need an "=".
-BLOCK = ("address article aside blockquote body br caption dd div dl dt fieldset figcaption figure footer form h1 h2 h3 "
-         "h4 h5 h6 head header hr html li main meta nav ol option p pre section select table tbody td tfoot th thead "
-         "title tr ul")
+BLOCK = ("address article aside blockquote body br caption dd div dl dt fieldset figcaption figure footer form h1 h2 "
+         "h3 h4 h5 h6 head header hr html li main meta nav ol option p pre section select table tbody td tfoot th "
+         "thead title tr ul")
 INLINE = ("a abbr acronym audio b bdi bdo big button canvas center cite code col del dfn em embed font i iframe img "
           "input ins kbd label link map mark noscript object param q s samp script small source span strike strong "
           "style sub sup svg textarea time tt u var video wbr")
@@ -159,8 +159,8 @@ def clean_corpus(separators, out, min_chars=MIN_CHARS, max_bad=0.01):
     bad, bad_files = quarantine.counts.total(), len(quarantine.broken_files)
     if max(bad / max(seen + bad, 1), bad_files / len(separators)) > max_bad:
         first = quarantine.examples[0]
-        raise UserError(f"{bad:,} of {seen + bad:,} documents and {bad_files} of {len(separators)} files cannot be read,"
-                        f" more than --max_bad {max_bad:g}; the first is {first['file']}:{first['line']}, "
+        raise UserError(f"{bad:,} of {seen + bad:,} documents and {bad_files} of {len(separators)} files cannot be "
+                        f"read, more than --max_bad {max_bad:g}; the first is {first['file']}:{first['line']}, "
                         f"{first['reason']} ({first['error']}); all stand in {(out / 'quarantine.jsonl').as_posix()}")
     assert seen == kept + dropped.total()
     if not kept:

@@ -33,7 +33,8 @@ def shingles(text, n=5):
 
 def jaccard(a, b):
     """|A∩B| / |A∪B| of two sets."""
-    return len(a & b) / len(a | b)
+    both = len(a & b)
+    return both / (len(a) + len(b) - both)
 
 
 def bands_and_rows(threshold, num_perm):

@@ -223,9 +223,9 @@ def write_row(file, row):
 
 
 def progress(iterable=None, **options):
-    """A tqdm bar on stderr with rate and ETA; every half minute when nobody watches (a log file)."""
+    """A tqdm bar on stderr with rate and ETA; every half minute where nobody watches (a log file)."""
     interval = 0.2 if sys.stderr.isatty() else 30
-    return tqdm(iterable, file=sys.stderr, leave=False, mininterval=interval, maxinterval=interval, **options)
+    return tqdm(iterable, leave=False, mininterval=interval, maxinterval=interval, delay=interval, **options)
 
 
 class Documents:
@@ -234,7 +234,7 @@ class Documents:
     def __init__(self, path):
         self.path, self.offsets, position = Path(path), array("Q"), 0
         if not self.path.is_file():
-            raise UserError(f"{path} does not exist; `prepare_data.py clean` makes it from raw files")
+            raise UserError(f"{path} is not a file; `prepare_data.py clean` makes it from raw files")
         self.file = open(self.path, "rb")
         for line in self.file:
             if line.strip():
