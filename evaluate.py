@@ -33,7 +33,7 @@ class Config:
     max_rows: int = arg(0, "mc, chat, rm, demo: only the first so many rows; 0 = all", unit="rows")
     temperature: float = arg(0.0, "chat: 0 is greedy; then two runs agree whatever the seed")
     max_new_tokens: int = arg(128, "chat and demo: longest answer", unit="tokens")
-    batch_size: int = arg(128, "answers written at once")
+    batch_size: int = arg(64, "answers written at once")
     seed: int = arg(0, "of everything sampled")
     max_bad: float = arg(0.1, "share of unusable rows above which a file is refused")
     run_dir: str = arg("out/demo", "demo: the directory with raw/, tokens/, pretrain/, sft/, rm/ and dpo/ in it")

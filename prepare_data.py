@@ -18,6 +18,7 @@ left in --out (`prepare_data.py COMMAND --help` lists its options):
 Chat and preference files need no preparation: train_sft.py, train_rm.py and train_dpo.py read them as they are.
 """
 import dataclasses
+import hashlib
 import json
 import shutil
 import sys
@@ -87,18 +88,20 @@ class Build(Tokenize, Tokenizer, Dedup, Clean):           # only to have the opt
     input: list = arg([], Clean.__dataclass_fields__["input"].metadata["help"])
 
 
-def stage(cfg, name, inputs, settings, work):
+def stage(cfg, name, inputs, settings, code, work):
     """Run work(directory) -> report for OUT/NAME, and rename the directory to that once it is whole.
 
-    Skipped if that was done before: with the same settings, and input files of the same size and time, as its
-    report.json remembers. OUT/report.json gathers the reports of all stages.
+    Skipped if that was done before: with the same settings, the same source of the modules `code` (so that an edited
+    rule takes effect), and input files of the same size and time, as its report.json remembers. OUT/report.json
+    gathers the reports of all stages.
     """
     target = Path(cfg.out) / name
     aside, before = Path(f"{target}.tmp"), read_report(target)
-    signature = {"settings": settings,
+    source = b"".join(Path(module.__file__).read_bytes() for module in code)
+    signature = {"settings": settings, "code": hashlib.blake2b(source, digest_size=8).hexdigest(),
                  "inputs": [[p.as_posix(), p.stat().st_size, p.stat().st_mtime_ns] for p in inputs]}
     if before and before["signature"] == signature and not cfg.force:
-        print(f"{target.name}: {target.as_posix()} is complete for these inputs, skipped (--force redoes it)")
+        print(f"{target.name}: {target.as_posix()} is complete, skipped (--force redoes it)")
         return
     if not before and target.exists() and (target.is_file() or any(target.iterdir())):
         raise UserError(f"--out: {target} holds something that prepare_data.py did not write; choose another directory")
@@ -162,13 +165,14 @@ def demo(cfg):
     if cfg.size not in ("demo", "smoke"):
         raise UserError(f"--size: {cfg.size!r} is neither demo nor smoke")
 
+    from nanollm import world                             # only this command needs it
+
     def work(out):
-        from nanollm import world                         # only this command needs it
         world.write(out, cfg.size, cfg.seed)
         files = {p.relative_to(out).as_posix(): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()}
         print("\n".join(f"  {name:<18} {size:>12,} bytes" for name, size in files.items()))
         return {"files": files}
-    stage(cfg, "", [], {"size": cfg.size, "seed": cfg.seed}, work)
+    stage(cfg, "", [], {"size": cfg.size, "seed": cfg.seed}, [world], work)
 
 
 def clean(cfg):
@@ -199,7 +203,8 @@ def clean(cfg):
         for row in r["quarantine_examples"]:
             print(f"    {row['file']}:{row['line']}: {row['reason']} {row['error'] or head(row['head'])}")
         return r | {"skipped": [[path.as_posix(), why] for path, why in skipped]}
-    stage(cfg, "clean", files, {"doc_sep": cfg.doc_sep, "min_chars": cfg.min_chars, "max_bad": cfg.max_bad}, work)
+    settings = {"doc_sep": cfg.doc_sep, "min_chars": cfg.min_chars, "max_bad": cfg.max_bad}
+    stage(cfg, "clean", files, settings, [cleaning, io], work)
 
 
 def dedup(cfg):
@@ -222,7 +227,7 @@ def dedup(cfg):
             print(f"    removed for the sake of {original}: {n:,}")
         return report | {"bands": b, "rows": r, "miss": miss}
     settings = {"threshold": cfg.threshold, "ngram": cfg.ngram, "num_perm": cfg.num_perm}
-    stage(cfg, "dedup", [documents.path], settings, work)
+    stage(cfg, "dedup", [documents.path], settings, [deduplication, io], work)
 
 
 def tokenizer(cfg):
@@ -247,7 +252,7 @@ def tokenizer(cfg):
             print(f"    {name}: {c['bytes_per_token']:.2f} bytes, {c['chars_per_token']:.2f} characters a token")
         return {"kind": tok.kind, "vocab_size": tok.vocab_size, "hash": tok.hash, **carried.pop("all"), **carried}
     settings = {"vocab_size": None if given else cfg.vocab_size, "tokenizer": given and given.hash}
-    stage(cfg, "tokenizer", [documents.path], settings, work)
+    stage(cfg, "tokenizer", [documents.path], settings, [tokenizers, bpe], work)
 
 
 def tokenize(cfg):
@@ -265,7 +270,7 @@ def tokenize(cfg):
                   f"{m['n_bytes'] / m['n_tokens']:.2f} bytes a token")
         return report
     settings = {"tokenizer": tok.hash, "val_fraction": cfg.val_fraction, "seed": cfg.seed}
-    stage(cfg, "tokens", [documents.path], settings, work)
+    stage(cfg, "tokens", [documents.path], settings, [tokenizers, pack], work)
 
 
 def build(cfg):

@@ -436,6 +436,8 @@ def fit_pair(tok, prompt, chosen, rejected, max_len):
 
 def split_rows(cfg):
     """(train rows, val rows) of --data and --val_data, or of --data alone with --val_fraction of it held out by content."""
+    if not cfg.data:
+        raise UserError("--data names no file; give one or more .jsonl, .json or .parquet files")
     rows = read_rows(cfg.data, cfg.out_dir, cfg.max_bad)
     if cfg.val_data:
         return rows, read_rows(cfg.val_data, cfg.out_dir, cfg.max_bad)

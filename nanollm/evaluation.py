@@ -226,10 +226,9 @@ def answers(model, tok, prompts, max_new_tokens=128, temperature=0.0, seed=0, ba
     """The model's answers: [(text, whether it ended by itself)]. prompts: strings are continued as documents, lists of
     messages are answered as chats. temperature 0 is greedy; otherwise the same seed gives the same answers."""
     ids = [[tok.eos_id] + tok.encode(p) if isinstance(p, str) else render(tok, p, add_generation_prompt=True)[0] for p in prompts]
-    was_training = model.training
+    was_training, out = model.training, [None] * len(ids)
     model.eval()
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
-    out = [None] * len(ids)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))           # like lengths together: little padding
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]

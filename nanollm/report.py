@@ -77,7 +77,7 @@ def collect(run_dir):
     report = {
         "clean": {"dropped": total(dropped.get("dropped")), "planted": total(truth.get("clean_planted")),
                   "by_reason": {"dropped": dropped.get("dropped"), "planted": truth.get("clean_planted")}},
-        "dedup": {"removed": total(removed.get("removed")), "planted": total(truth.get("dedup_planted"))},
+        "dedup": {"removed": removed.get("removed"), "planted": truth.get("dedup_planted")},
         "tokenizer": {"bytes_per_token": tokens["n_bytes"] / (tokens["n_tokens"] - tokens["n_docs"]) if tokens else None},
         "pretrain": {k: get(numbers, f"pretrain.{k}") for k in ("val_loss", "entropy_floor", "bits_per_byte", "by_kind")},
         "sft": {k: get(numbers, f"sft.{k}") for k in ("exact_match", "stop_rate", "by_task")},
@@ -158,14 +158,13 @@ def chart(title, series, y_label, floor=None, floor_label="entropy floor 熵下�
     return "".join(out) + "</svg>"
 
 
-def curve(lines, key):
-    return [(row["step"], row[key]) for row in lines if isinstance(row.get(key), (int, float))]
-
-
 def charts(stage, lines, report):
     """The pictures of one stage, in the order in which one reads them."""
+    def curve(key):
+        return [(row["step"], row.get(key)) for row in lines]
+
     def both(key):
-        return [("train 训练", curve(lines, f"train/{key}")), ("validation 验证", curve(lines, f"val/{key}"))]
+        return [("train 训练", curve(f"train/{key}")), ("validation 验证", curve(f"val/{key}"))]
     floor = report["pretrain"]["entropy_floor"] if stage == "pretrain" else math.log(2) if stage in ("rm", "dpo") else None
     label = "entropy floor 熵下界" if stage == "pretrain" else "ln 2: knows nothing"
     pictures = [chart("Loss 损失", both("loss"), "nats a token" if stage in ("pretrain", "sft") else "nats a pair", floor, label)]
@@ -176,10 +175,10 @@ def charts(stage, lines, report):
         pictures += [chart("Accuracy: chosen above rejected 准确率", both("accuracy"), "share of pairs", 0.5, "chance"),
                      chart("Reward margin: chosen − rejected 奖励差", both("margin"), "reward")]
     if stage == "dpo":
-        pictures.append(chart("Implicit rewards 隐式奖励", [("chosen", curve(lines, "train/chosen_reward")),
-                                                       ("rejected", curve(lines, "train/rejected_reward"))], "β · log π/π_ref"))
-    pictures += [chart("Learning rate 学习率", [("lr", curve(lines, "lr"))], "per update"),
-                 chart("Gradient norm before clipping 梯度范数", [("norm", curve(lines, "grad_norm"))], "L2 norm")]
+        pictures.append(chart("Implicit rewards 隐式奖励", [("chosen", curve("train/chosen_reward")),
+                                                       ("rejected", curve("train/rejected_reward"))], "β · log π/π_ref"))
+    pictures += [chart("Learning rate 学习率", [("lr", curve("lr"))], "per update"),
+                 chart("Gradient norm before clipping 梯度范数", [("norm", curve("grad_norm"))], "L2 norm")]
     return [p for p in pictures if p]
 
 
@@ -248,9 +247,9 @@ def markdown(name, report, curves, stages):
 STYLE = """
 :root { color-scheme: light dark; --bg: #fcfcfb; --card: #fff; --ink: #1c1c1a; --soft: #63625d; --rule: #e3e2dd;
         --c0: #2a78d6; --c1: #d9601f; --floor: #14875c; --bad: #b3372f }
-@media (prefers-color-scheme: dark) {
-  :root { --bg: #161615; --card: #1f1f1d; --ink: #eeede8; --soft: #a5a49d; --rule: #383734;
-          --c0: #5b9bea; --c1: #ee8450; --floor: #3bb98a; --bad: #ec7b72 } }
+@media (prefers-color-scheme: dark) { :root {
+        --bg: #161615; --card: #1f1f1d; --ink: #eeede8; --soft: #a5a49d; --rule: #383734;
+        --c0: #5b9bea; --c1: #ee8450; --floor: #3bb98a; --bad: #ec7b72 } }
 body { margin: 0 auto; max-width: 1180px; padding: 28px 20px 60px; background: var(--bg); color: var(--ink);
        font: 15px/1.5 system-ui, "Segoe UI", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", sans-serif }
 h1 { font-size: 26px; margin: 0 } h2 { font-size: 19px; margin: 40px 0 12px } p { color: var(--soft); margin: 4px 0 12px }

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import regex          # comes with tiktoken; Python's own `re` knows no \p{Han}
@@ -76,127 +77,105 @@ def no_surrogates(text):
 
 
 def passages(text, limit=200_000):
-    """Cut a huge text where both neighbours of a line end are visible: every known pattern cuts there too, so the ids
-    stay the same. Foreign patterns contain an unbounded `\\s+(?!\\S)`, on which tiktoken 0.14 panics (a BaseException)
-    after about a million blanks. A text without such a place is cut at `limit`, which may split one token in two."""
+    """Cut a huge text where a line end has a visible character on both sides: every known pattern cuts there too, so
+    the ids stay the same. Only a text without such a place is cut at `limit`, through a token if need be."""
     while len(text) > limit:
         cuts = [m.end() for m in regex.finditer(r"\S\n(?=\S)", text, endpos=limit)]
-        cut = cuts[-1] if cuts else limit
-        yield text[:cut]
-        text = text[cut:]
+        yield text[:cuts[-1] if cuts else limit]
+        text = text[cuts[-1] if cuts else limit:]
     yield text
 
 
-# ---- the kinds: each builder returns (bytes of each id, {control token it already has: id}, encode, encode_batch) ----
-
-def build_fast(pieces, known, ranks, pattern, bounded=False, prepare=no_surrogates):
-    """Encoding by tiktoken: `ranks` {bytes: id}, where the smaller id merges first."""
-    fast = tiktoken.Encoding("nanollm", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-
-    def encode(text):
-        text = prepare(text)
-        if bounded or len(text) < 200_000:
-            return fast.encode_ordinary(text)
-        return [i for part in passages(text) for i in fast.encode_ordinary(part)]
-
-    def encode_batch(texts):
-        if not bounded and any(len(t) >= 200_000 for t in texts):
-            return [encode(t) for t in texts]
-        return fast.encode_ordinary_batch([prepare(t) for t in texts], num_threads=min(8, os.cpu_count() or 1))
-    return pieces, known, encode, encode_batch
-
+# ---- the kinds: each builder returns (the bytes of each id, {control token it brings along: id}, encode) -------------
 
 def build_bpe(spec, raw):
-    """Ids 0..255 are the bytes, 256 + i is the i-th merge."""
+    """Ids 0..255 are the bytes, 256 + i is the i-th merge. tiktoken encodes: of the pairs in a piece whose joined bytes
+    are a token it joins the smallest id first, which is the order of training."""
     pieces = [bytes([b]) for b in range(256)]
     for left, right in spec["merges"]:
         if not 0 <= min(left, right) <= max(left, right) < len(pieces):
-            raise ValueError(f"merge {len(pieces) - 256} joins tokens that do not exist yet")
+            raise ValueError(f"token {len(pieces)} joins tokens that do not exist yet")
         pieces.append(pieces[left] + pieces[right])
     ranks = {piece: i for i, piece in enumerate(pieces)}
-    if len(ranks) < len(pieces):
-        raise ValueError("two merges make the same token")
-    return build_fast(pieces, {}, ranks, spec["pattern"], bounded=spec["pattern"] == pattern_for(0)
-                      or spec["pattern"] == pattern_for(1 << 20))
+    return pieces, {}, tiktoken.Encoding("bpe", pat_str=spec["pattern"], mergeable_ranks=ranks,
+                                         special_tokens={}).encode_ordinary
 
 
-def build_char(spec, raw):
-    """One id a character. A character not seen in training becomes U+FFFD and is lost: the baseline's weakness."""
-    ids = {c: i for i, c in enumerate(spec["characters"])}
-    unknown = ids["\ufffd"]
-
-    def encode(text):
-        return [ids.get(c, unknown) for c in text]
-    return [c.encode("utf-8") for c in spec["characters"]], {}, encode, lambda texts: [encode(t) for t in texts]
+def build_tiktoken(spec, raw):
+    """Lines of `base64 rank`. The file does not name its pattern; `load` knows it by the number of ranks."""
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, raw.splitlines())}
+    return build_foreign(ranks, spec["pattern"], {}, {})
 
 
-def build_sentencepiece(spec, raw):
-    """A SentencePiece model as it was trained: its normalisation may lose something (twin blanks, full-width forms)."""
-    sp = sentencepiece.SentencePieceProcessor()
-    sp.LoadFromSerializedProto(raw)
-
-    def piece(i):
-        if sp.IsByte(i):                                               # "<0x0A>"
-            return bytes([int(sp.IdToPiece(i)[3:5], 16)])
-        if sp.IsUnknown(i):
-            return "\ufffd".encode("utf-8")
-        return b"" if sp.IsControl(i) else sp.IdToPiece(i).replace("\u2581", " ").encode("utf-8")
-
-    # only "control" pieces are safe to reuse: user-defined ones are matched in plain text
-    known = {sp.IdToPiece(i): i for i in range(sp.GetPieceSize()) if sp.IsControl(i)}
-
-    def encode(text):
-        return sp.EncodeAsIds(no_surrogates(text))
-    return [piece(i) for i in range(sp.GetPieceSize())], known, encode, lambda texts: [encode(t) for t in texts]
+def build_foreign(ranks, pattern, unreachable, known, prepare=str):
+    """Foreign byte-level BPE. Its pattern contains an unbounded `\\s+(?!\\S)`, on which tiktoken 0.14 panics (with a
+    BaseException) after about a million blanks; hence `passages`. `unreachable`: {bytes: id} only for decoding."""
+    if any(bytes([b]) not in ranks for b in range(256)):
+        raise ValueError("some of the 256 bytes are missing")
+    pieces = [b""] * (max([*ranks.values(), *unreachable.values(), *known.values()]) + 1)
+    for piece, i in [*unreachable.items(), *ranks.items()]:
+        pieces[i] = piece
+    fast = tiktoken.Encoding("foreign", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    return pieces, known, lambda text: [i for part in passages(prepare(text)) for i in fast.encode_ordinary(part)]
 
 
 def build_hf(spec, raw):
-    """Byte-level BPE from a Hugging Face tokenizer.json, with GPT-2's pattern or one of its own."""
+    """Byte-level BPE from a Hugging Face tokenizer.json, with GPT-2's pattern or one of its own. Its added tokens count
+    as control tokens: they do not come from text here."""
     data = json.loads(raw)
     model, steps = data["model"], data.get("pre_tokenizer") or {}
     steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
     if model.get("type") != "BPE" or steps[-1].get("type") != "ByteLevel" or steps[-1].get("add_prefix_space"):
         raise UserError("only byte-level BPE without a prefix blank can be read from a tokenizer.json, this one has "
                         f"model {model.get('type')!r} and pre-tokenizer {steps[-1].get('type')!r}")
-    if len(steps) == 1 and steps[0].get("use_regex", True):
+    split, own_regex = steps[0], steps[-1].get("use_regex", True)
+    if len(steps) == 1 and own_regex:
         pattern = GPT2_PATTERN
-    elif (len(steps) == 2 and steps[0].get("type") == "Split" and "Regex" in steps[0]["pattern"] and not
-            steps[1].get("use_regex", True) and steps[0]["behavior"] == "Isolated" and not steps[0].get("invert")):
-        pattern = steps[0]["pattern"]["Regex"]
+    elif (len(steps) == 2 and not own_regex and split["type"] == "Split" and "Regex" in split["pattern"]
+            and split["behavior"] == "Isolated" and not split.get("invert")):
+        pattern = split["pattern"]["Regex"]
     else:
         raise UserError(f"its pre-tokenizer {[s.get('type') for s in steps]} is not one that tiktoken can follow")
     normalizer = (data.get("normalizer") or {}).get("type")
     if normalizer not in (None, "NFC"):
         raise UserError(f"its normalizer {normalizer!r} is not supported (none or NFC)")
 
-    def to_bytes(token):
-        return bytes(CHAR_BYTE[c] for c in token)
-
     known = {t["content"]: t["id"] for t in data.get("added_tokens", [])}
     vocab = {token: i for token, i in model["vocab"].items() if token not in known}
-    pieces = [b""] * (max([*vocab.values(), *known.values()]) + 1)
-    for token, i in vocab.items():
-        pieces[i] = to_bytes(token)
-    merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-    merged = [vocab[a + b] for a, b in merges]
+    bytes_of = {i: bytes(CHAR_BYTE[c] for c in token) for token, i in vocab.items()}
+    merged = [vocab["".join(m.split(" ") if isinstance(m, str) else m)] for m in model["merges"]]
     if merged != sorted(set(merged)):
         raise UserError("its merges are not in the order of its ids, which tiktoken needs")
-    ranks = {pieces[i]: i for i in [*(vocab[c] for c in BYTE_CHAR.values()), *merged]}
-    prepare = no_surrogates if normalizer is None else lambda t: unicodedata.normalize("NFC", no_surrogates(t))
-    return build_fast(pieces, known, ranks, pattern, prepare=prepare)
+    ranks = {bytes_of[i]: i for i in [*(vocab[c] for c in CHAR_BYTE), *merged]}
+    return build_foreign(ranks, pattern, {piece: i for i, piece in bytes_of.items()}, known,
+                         prepare=(lambda text: unicodedata.normalize("NFC", text)) if normalizer else str)
 
 
-def build_tiktoken(spec, raw):
-    """Lines of `base64 rank`. The file does not name its pattern; `load` guesses it from the number of ranks."""
-    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in raw.splitlines() if line)}
-    pieces = [b""] * (max(ranks.values()) + 1)
-    for piece, rank in ranks.items():
-        pieces[rank] = piece
-    return build_fast(pieces, {}, ranks, spec["pattern"])
+def build_sentencepiece(spec, raw):
+    """A SentencePiece model as it was trained: its normalisation may lose something (full-width forms, twin blanks)."""
+    sp = sentencepiece.SentencePieceProcessor()
+    sp.LoadFromSerializedProto(raw)
+
+    def piece(i):
+        if sp.IsByte(i):                                               # "<0x0A>"
+            return bytes([int(sp.IdToPiece(i)[3:5], 16)])
+        text = "\ufffd" if sp.IsUnknown(i) else "" if sp.IsControl(i) else sp.IdToPiece(i).replace("\u2581", " ")
+        return text.encode("utf-8")
+
+    # only "control" pieces are safe to take over: user-defined ones are matched in plain text
+    known = {sp.IdToPiece(i): i for i in range(sp.GetPieceSize()) if sp.IsControl(i)}
+    return [piece(i) for i in range(sp.GetPieceSize())], known, lambda text: sp.EncodeAsIds(no_surrogates(text))
 
 
-BUILDERS = {"bpe": build_bpe, "char": build_char, "sentencepiece": build_sentencepiece, "hf": build_hf,
-            "tiktoken": build_tiktoken}
+def build_char(spec, raw):
+    """One id a character. A character not seen in training becomes U+FFFD and is lost: the baseline's weakness."""
+    ids = {c: i for i, c in enumerate(spec["characters"])}
+    unknown = ids["\ufffd"]
+    return [c.encode("utf-8") for c in ids], {}, lambda text: [ids.get(c, unknown) for c in text]
+
+
+BUILD = {"bpe": build_bpe, "char": build_char, "sentencepiece": build_sentencepiece, "hf": build_hf,
+         "tiktoken": build_tiktoken}
 
 
 class Tokenizer:
@@ -204,20 +183,16 @@ class Tokenizer:
 
     def __init__(self, spec, raw=b""):
         self.spec, self.raw, self.kind = spec, raw, spec["kind"]
-        self.pieces, known, self.encode, self.encode_batch = BUILDERS[self.kind](spec, raw)
-        self.control = dict(known)                                     # every id that never comes from text, by name
-        for name in CONTROL:
-            if name not in self.control:
-                self.control[name] = len(self.pieces)
-                self.pieces.append(b"")
-        while len(self.pieces) % MULTIPLE:
-            self.control[f"<|reserved_{len(self.pieces)}|>"] = len(self.pieces)
-            self.pieces.append(b"")
-        for i in self.control.values():
-            self.pieces[i] = b""
+        self.pieces, known, self.encode = BUILD[self.kind](spec, raw)
+        self.control = dict(known)                                     # name -> id of all that never comes from text
+        size = len(self.pieces)
+        for name in [name for name in CONTROL if name not in known]:
+            self.control[name], size = size, size + 1
+        self.vocab_size = -(-size // MULTIPLE) * MULTIPLE
+        self.control |= {f"<|reserved_{k}|>": size + k for k in range(self.vocab_size - size)}
+        self.pieces += [b""] * (self.vocab_size - len(self.pieces))
         self.eos_id, self.im_start_id, self.im_end_id, self.pad_id = (self.control[name] for name in CONTROL)
         self.stop_ids = (self.eos_id, self.im_end_id)                  # a document's end and a turn's end
-        self.vocab_size = len(self.pieces)
         self.hash = hashlib.sha256(json.dumps(spec, sort_keys=True).encode("utf-8") + raw).hexdigest()
         self.merge_ids = {tuple(pair): 256 + i for i, pair in enumerate(spec.get("merges", []))}
         # SentencePiece models usually put a blank before the text; decoding takes it off again
@@ -225,6 +200,11 @@ class Tokenizer:
 
     def __reduce__(self):                                              # so that worker processes can receive it
         return Tokenizer, (self.spec, self.raw)
+
+    def encode_batch(self, texts):
+        """A list of texts to a list of lists of ids; on several threads, since tiktoken releases Python's lock."""
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            return list(pool.map(self.encode, texts))
 
     def token_bytes(self, i):
         """The bytes an id stands for, perhaps a part of a character; b"" for control tokens."""

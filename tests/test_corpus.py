@@ -19,9 +19,9 @@ from nanollm.tokenizer import bpe_tokenizer, char_tokenizer, pattern_for
 PROSE = [
     "The class passes 3.14 to the function at 12:30; the others wait... and then, finally, it ends. Isn't it so?",
     "今天上午9:30，气温是23.5度，大约有1,000人参加。他说：“我们明天再来……”然后就走了！真的吗？",
-    "比例为三比二的混合物（约100克），加热后静置。\n第二行从这里开始，没有问题。",
+    "比例为3：2的混合物（约100克），加热后静置。\n第二行从这里开始，没有问题。",
     "She paid $1,250.75 (about €1,100) for it, i.e. half. x < 3 and y > 4; a<b and c>d; <unk> stays, R&D too.",
-    "约翰.史密斯在2020。他考了100，3天后离开。选择A、B或C；见第3.2节。",
+    "约翰.史密斯在2020。他考了100，3天后离开。选择A、B或C；见第3.2节。从2数到5：2、3、4、5。",
     "    indented code is rare, but e-mail me@host.org is left: U.S.A., 50%, #1, A+B=C, ~/bin, foo_bar[0]",
 ]
 
@@ -61,7 +61,7 @@ def test_clean_prose_passes_unchanged(text):
     ("看www.a.cn这里，还有 (https://b.org/c).", "看这里，还有 ()."),
     ("你好,世界!他说:走吧", "你好，世界！他说：走吧"),
     ("买了(两个)苹果.", "买了（两个）苹果。"),
-    ("Hello，world at 12：30 and 3．14，比例3：2", "Hello,world at 12:30 and 3.14，比例3:2"),
+    ("Hello，world at 12：30 and 3．14，上午9：05开始", "Hello,world at 12:30 and 3.14，上午9:05开始"),
     ("a\r\nb\rc\u2028d\x00e\u200bf\ufeff", "a\nb\nc\ndef"),
     ("x" + " " * 20 + "y   \n\n\n\n\n\nz\t", "x y\n\n\nz"),
     ("cafe\u0301 ①２", "caf\u00e9 ①２"),
@@ -96,6 +96,8 @@ def test_fourteen_characters_are_dropped_and_fifteen_kept():
     ("https://example.com/a/very/long/path and https://example.com/another", "markup"),
     ("哈哈！！！！！！！！！！！！！！！！", "repeated_punctuation"),
     ("Is this real?????????????????????????? Yes", "repeated_punctuation"),
+    ("?!" * 20, "repeated_punctuation"), ("########=======" * 3, "repeated_punctuation"), ("=-=-=-=-=- Title", "repeated_punctuation"),
+    ("A long enough heading with a rule under it\n=====\nand text", None),
     ("<p>A <i>long</i> enough sentence with two tags stays.</p>", None),
     ("很好很好！！这个东西确实不错，大家都可以来看看。", None),
 ])

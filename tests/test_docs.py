@@ -2,6 +2,7 @@
 import functools
 import importlib
 import inspect
+import json
 import math
 import re
 import shlex
@@ -13,6 +14,7 @@ import torch
 from nanollm import config, losses, optim
 from nanollm.corpus import dedup
 from nanollm.model import ModelArgs
+from nanollm.tools import results
 
 ROOT = Path(__file__).parent.parent
 ENGLISH = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -152,3 +154,24 @@ def test_numbers_quoted_in_the_pages_are_what_the_code_computes():
         for page in (ROOT / "docs" / f"{name}.md", ROOT / "docs" / "zh" / f"{name}.md"):
             missing = [n for n in map(str, numbers) if n not in text_of(page)]
             assert not missing, f"{page} does not quote {missing}"
+
+
+def test_the_results_table_is_the_runs_own_numbers(tmp_path):
+    """Both languages, between the markers only, and writing it twice changes nothing."""
+    report = {"pretrain": {"val_loss": 0.55, "entropy_floor": 0.5}, "dpo": {"win_rate": 0.8125, "win_rate_before": 0.5}, "machine": "Plan 9, 2 CPU cores"}
+    (tmp_path / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    stages = [{"stage": "sft", "seconds": 9}, {"stage": "sft", "seconds": 61, "peak_rss_mb": 700.4}]
+    (tmp_path / "stages.jsonl").write_text("\n".join(map(json.dumps, stages)), encoding="utf-8")
+    pages = [tmp_path / "README.md", tmp_path / "README_zh.md"]
+    for page in pages:
+        page.write_text(f"head\n{results.BEGIN}\nold\n{results.END}\ntail\n", encoding="utf-8")
+    for _ in range(2):
+        results.main(results.Config(str(tmp_path), [str(p) for p in pages]))
+        for page, before in zip(pages, ("before: 0.5", "训练前 0.5")):
+            text = text_of(page)
+            assert text.startswith("head\n") and text.endswith(f"{results.END}\ntail\n") and "old" not in text
+            for part in ("0.55 ", "(+10.0 %)", f"0.8125 | {before}", "700 MB", "1:01", "Plan 9"):
+                assert text.count(part) >= 1, part
+    pages[0].write_text("no markers", encoding="utf-8")
+    with pytest.raises(config.UserError, match="results:begin"):
+        results.main(results.Config(str(tmp_path), [str(pages[0])]))

@@ -7,8 +7,10 @@ import torch
 from conftest import SHAPE, pairs, stories, tiny_lm, tiny_tokenizer, write_jsonl
 
 import evaluate
-from nanollm import checkpoint, evaluation
+from nanollm import checkpoint, evaluation, report
+from nanollm import world as demo_world
 from nanollm.config import UserError
+from nanollm.corpus.pack import write_tokens
 from nanollm.data import PreferenceRows, TokenFile
 from nanollm.model import ModelArgs, RewardModel, Transformer
 from nanollm.tokenizer import render
@@ -71,8 +73,8 @@ def test_every_token_of_the_validation_file_is_predicted_once(world, tok):
 
 
 def test_loss_by_kind_adds_up_to_the_whole(tok):
-    """Tokens, nats and floor of the kinds sum to those of all tokens; a token counts by its first byte, also behind
-    Chinese, where characters and bytes differ; the floor of a kind is what its spans hold."""
+    """Tokens, nats and floor of the kinds sum to those of all tokens; a token that writes part of a copied word is a copy,
+    also behind Chinese, where characters and bytes differ; the floor of a kind is what its spans hold."""
     texts = ["小明 has a red ball. The ball is red.", "Anna has a blue kite."]
 
     def parse(text):
@@ -91,10 +93,10 @@ def test_loss_by_kind_adds_up_to_the_whole(tok):
     assert sum(v["loss"] * v["tokens"] for v in parts.values()) == pytest.approx(total["loss"] * total["tokens"], rel=1e-5)
     assert kinds["choice"]["floor"] * kinds["choice"]["tokens"] == pytest.approx(2 * math.log(4))
     ids, losses = evaluation.token_losses(model, tok, texts[:1])[0]
-    starts = [len(b"".join(tok.token_bytes(t) for t in ids[:i])) for i in range(len(ids))]
+    ends = [len(b"".join(tok.token_bytes(t) for t in ids[: i + 1])) for i in range(len(ids))]
     begin = texts[0].encode("utf-8").rindex(b"red")
-    copied = [loss.item() for start, loss in zip(starts, losses) if begin <= start < begin + 3]
-    assert len(copied) == kinds["copy"]["tokens"] and kinds["copy"]["loss"] == pytest.approx(sum(copied) / max(len(copied), 1), rel=1e-5)
+    copied = [loss.item() for start, end, loss in zip([0, *ends], ends, losses) if start < begin + 3 and end > begin]
+    assert len(copied) == kinds["copy"]["tokens"] > 0 and kinds["copy"]["loss"] == pytest.approx(sum(copied) / len(copied), rel=1e-5)
 
 
 def test_a_foreign_corpus_has_no_floor(tok):
@@ -242,3 +244,29 @@ def test_evaluate_refuses_in_one_sentence_what_it_cannot_measure(runs):
         kw |= {k: str(runs / kw[k]) for k in ("init_from", "data") if k in kw}
         with pytest.raises(UserError):
             evaluate.main(evaluate.Config(**kw, device="cpu"))
+
+
+def test_the_demo_task_measures_the_whole_road_against_the_worlds_truth(tmp_path, tok):
+    """Untrained checkpoints: every key of the report is filled, the floor is the mean -log p of the very validation
+    documents, the SFT model itself stands near 0.5 and two runs write the same numbers."""
+    demo_world.write(tmp_path / "raw", "smoke", 0)
+    documents = list(demo_world.documents(40, seed=3))
+    (tmp_path / "tokens").mkdir()
+    meta = write_tokens(tmp_path / "tokens", "val", [d.text for d in documents], tok)
+    write_tokens(tmp_path / "tokens", "train", [d.text for d in documents], tok)
+    for seed, stage in enumerate(("pretrain", "sft", "dpo")):
+        checkpoint.save(tmp_path / stage, 1, tiny_lm(seed, max_seq_len=512), tok, stage, None)
+    checkpoint.save(tmp_path / "rm", 1, RewardModel(ModelArgs(**{**SHAPE, "vocab_size": tok.vocab_size, "max_seq_len": 512})), tok, "rm", None)
+    cfg = evaluate.Config(task="demo", run_dir=str(tmp_path), max_rows=8, max_new_tokens=6, device="cpu")
+    evaluate.main(cfg)
+    first = (tmp_path / "eval.json").read_text(encoding="utf-8")
+    evaluate.main(cfg)
+    assert first == (tmp_path / "eval.json").read_text(encoding="utf-8")
+    numbers = report.write(tmp_path)
+    assert numbers["pretrain"]["entropy_floor"] == pytest.approx(sum(d.nll for d in documents) / meta["n_tokens"], rel=1e-6)
+    kinds = numbers["pretrain"]["by_kind"]
+    assert kinds["all"]["tokens"] == meta["n_tokens"] and kinds["all"]["loss"] == pytest.approx(numbers["pretrain"]["val_loss"], rel=1e-4)
+    assert set(kinds) == {"choice", "copy", "grammar", "all"} and kinds["grammar"]["floor"] == 0
+    for key in ("sft.exact_match", "sft.stop_rate", "rm.accuracy", "dpo.win_rate", "dpo.win_rate_before", "mc.accuracy"):
+        assert 0 <= report.get(numbers, key) <= 1
+    assert numbers["mc"]["chance"] == 0.25 and abs(numbers["dpo"]["win_rate_before"] - 0.5) < 0.3

@@ -14,7 +14,7 @@ from nanollm.corpus.io import Quarantine, read_documents, write_row
 
 MIN_CHARS = 15                            # the notes' rule; counts every character that is left after the edits
 MAX_MARKUP = 0.5                          # dropped if more than this share of the text was tags and URLs
-MAX_REPEATED = 0.2                        # dropped if more than this share of the text was repeated punctuation
+MAX_REPEATED = 0.2                        # dropped if more than this share stood in runs of 5 or more punctuation marks
 
 HAN = "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 NEWLINE = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
@@ -41,6 +41,7 @@ URL = re.compile(rf" ?(?<![A-Za-z0-9@])(?:https?://|ftp://|www\.)[^{OUTSIDE}]*[^
 
 REPEATED = re.compile(r"([。！？!?，,、；;])(?:[ \t]*\1)+")
 DOTS = re.compile(r"\.{4,}|。{2,}|…{3,}")
+NOISE = re.compile(r"[^\w\s]{5,}")
 LONG_BLANK = re.compile("[ \t\u3000]{9,}")                # also keeps tiktoken from a stack overflow on endless blanks
 LINE_END = re.compile("[ \t\u3000]+(?=\n|\\Z)")
 BLANK_LINES = re.compile("\n{4,}")
@@ -50,8 +51,10 @@ BLANK_LINES = re.compile("\n{4,}")
 TO_FULL = re.compile(rf"(?<={HAN})([ \t]*)([,!?:;])(?=[ \t]*(?:{HAN}|$))|(?<={HAN})(\.)(?=[ \t]*$)", re.M)
 BRACKETS = re.compile(rf"(?:(?<={HAN})|^)\((?={HAN})([^()\n]*)(?<={HAN})\)(?={HAN}|$)", re.M)
 FULL = str.maketrans(",.!?:;", "，。！？：；")
-# And back between ASCII letters or digits: Hello，world, 12：30, 3．14. Not "100，3天后": there it parts two clauses.
-TO_ASCII = re.compile(r"(?<=[A-Za-z])[，！？；](?=[A-Za-z])|(?<=[A-Za-z0-9])[．：](?=[A-Za-z0-9])")
+# And back between ASCII letters (Hello，world), in 3．14, and in times (12：30). Not between any two digits: in
+# "他考了100，3天后离开" and "从2数到5：2、3、4" the mark parts two clauses.
+TO_ASCII = re.compile(r"(?<=[A-Za-z])[，！？；：](?=[A-Za-z])|(?<=[A-Za-z0-9])．(?=[A-Za-z0-9])"
+                      r"|(?<![0-9])(?:[01]?[0-9]|2[0-4])：[0-5][0-9](?![0-9])")
 ASCII = str.maketrans("，！？；．：", ",!?;.:")
 
 
@@ -117,19 +120,19 @@ def clean(text, min_chars=MIN_CHARS):
     document, or all that made it long enough; "too_short".
     """
     result = normalise(text)
-    if result == text and len(text) >= min_chars:         # the usual case: nothing edited, nothing to explain
+    if result == text and len(text) >= min_chars and not NOISE.search(text):      # the usual case, nothing to explain
         return result, None, []
-    edits, lost, now = [], {}, text
+    edits, now = [], text
     for name, step in STEPS.items():
         before, now = now, step(now)
-        lost[name] = visible(before) - visible(now)
-        if now != before:
-            edits.append(name)
-    total, short = visible(characters(text)), len(result) < min_chars
+        edits += [name] * (now != before)
+    plain = characters(text)
+    bare = strip_urls(strip_markup(plain))
+    total, short = visible(plain), len(result) < min_chars
     if not total:
         return result, "empty", edits
-    for reason, gone, limit in (("markup", lost["markup"] + lost["urls"], MAX_MARKUP),
-                                ("repeated_punctuation", lost["repeated_punctuation"], MAX_REPEATED)):
+    for reason, gone, limit in (("markup", total - visible(bare), MAX_MARKUP),
+                                ("repeated_punctuation", sum(map(len, NOISE.findall(bare))), MAX_REPEATED)):
         if gone > limit * total or short and gone and total >= min_chars:
             return result, reason, edits
     return result, "too_short" if short else None, edits

@@ -36,11 +36,6 @@ class Config:
     readme: list = arg(["README.md", "README_zh.md"], "files with the two markers")
 
 
-def total(value):
-    """A count, or the sum of counts by reason."""
-    return sum(value.values()) if isinstance(value, dict) else value
-
-
 def cpu_model():
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -57,20 +52,22 @@ def table(run_dir, chinese):
         raise UserError(f"--run_dir: {run_dir / 'report.json'} is not there; `bash runs/speedrun.sh` makes it")
     stages = {s["stage"]: s for s in read_lines(run_dir / "stages.jsonl")}           # the last try of a stage counts
     metrics = [row for row in read_lines(run_dir / "pretrain" / "metrics.jsonl") if "tokens" in row]
-    seconds, machine = {k: s["seconds"] for k, s in stages.items()}, report["machine"]
+    seconds = {name: s["seconds"] for name, s in stages.items()}
     peak = max((s.get("peak_rss_mb") or 0 for s in stages.values()), default=0)
-    number = lambda key: show(total(get(report, key)))
+    number = lambda key: show(get(report, key))
     lines = ["| 项目 | 结果 | 真值 |" if chinese else "| what | result | known truth |", "|---|---|---|"]
     for key, en, zh, truth_en, truth_zh in ROWS:
         truth = re.sub(r"{([\w.]+)}", lambda m: number(m[1]), truth_zh if chinese else truth_en)
+        loss, floor = get(report, "pretrain.val_loss"), get(report, "pretrain.entropy_floor")
+        if key == "pretrain.val_loss" and loss and floor:
+            truth += f" ({100 * (loss / floor - 1):+.1f} %)"
         lines.append(f"| {zh if chinese else en} | {number(key)} | {truth} |")
     trained = f"{metrics[-1]['step']:,} updates, {metrics[-1]['tokens']:,} tokens" if metrics else "–"
     if chinese:
         trained = trained.replace(" updates, ", " 次更新、").replace(" tokens", " 个词元")
     date = time.strftime("%Y-%m-%d", time.localtime((run_dir / "report.json").stat().st_mtime))
-    facts = [("total", "合计", clock(sum(seconds.values()))), ("peak memory", "内存峰值", f"{peak:,.0f} MB"), ("pretraining", "预训练", trained),
-             ("machine", "机器", f"{cpu_model()}, {machine['cpu_cores']} cores, {machine['gpu'] or 'no GPU'}"),
-             ("versions", "版本", f"Python {machine['python']}, PyTorch {machine['torch']}"), ("date", "日期", date)]
+    facts = [("total", "合计", clock(sum(seconds.values()))), ("peak memory", "内存峰值", f"{peak:,.0f} MB"),
+             ("pretraining", "预训练", trained), ("machine", "机器", f"{cpu_model()}; {report['machine']}"), ("date", "日期", date)]
     by_stage = " · ".join(f"{name} {clock(s)}" for name, s in seconds.items())
     return [*lines, "", " · ".join(f"{zh if chinese else en}{'：' if chinese else ': '}{value}" for en, zh, value in facts), "", by_stage]
 
