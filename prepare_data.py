@@ -224,7 +224,8 @@ def dedup(cfg):
         for row in report["examples"]:
             print(f"    {row['id']} repeats {row['dup_of']}, Jaccard {row['jaccard']}: {head(row['text'])}")
         for original, n in report["most_copied"]:
-            print(f"    removed for the sake of {original}: {n:,}")
+            if n > 1:
+                print(f"    {n:,} documents repeat {original}")
         return report | {"bands": b, "rows": r, "miss": miss}
     settings = {"threshold": cfg.threshold, "ngram": cfg.ngram, "num_perm": cfg.num_perm}
     stage(cfg, "dedup", [documents.path], settings, [deduplication, io], work)

@@ -58,7 +58,6 @@ class Config:
     peft: str = arg("", "lora: train small adapters beside frozen weights; empty = train everything")
     lora_rank: int = arg(8, "r: each adapted matrix (out, in) gets r * (in + out) parameters")
     lora_alpha: float = arg(16.0, "the adapter is scaled by alpha / r")
-    lora_dropout: float = arg(0.0, "dropout on the adapter's input")
     lora_targets: list = arg(["wq", "wk", "wv", "wo", "w1", "w2", "w3"], "which matrices")
     merge_on_save: bool = arg(False, "also write OUT/merged: base and adapter as one plain model")
     sample_prompts: list = arg([], "questions to answer greedily at each evaluation; none = the first validation questions")
@@ -108,9 +107,9 @@ def main(cfg):
     # [shared:adapter]
     if cfg.peft not in ("", "lora"):
         raise UserError(f"--peft {cfg.peft} is unknown; use lora, or leave it out to train all weights")
-    if cfg.peft:
-        peft.inject_lora(raw, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets)
     # [/shared]
+    if cfg.peft:
+        peft.inject_lora(raw, cfg.lora_rank, cfg.lora_alpha, 0.0, cfg.lora_targets)
     train, val = PreferenceRows.load(cfg, tokenizer, T)
 
     # [shared:engine]
@@ -123,7 +122,7 @@ def main(cfg):
     model = dist.DDP(dist.compiled(raw, cfg.compile), ctx).train()
     log = Logger(cfg.out_dir, ctx.main, step, max_steps)
     # [/shared]
-    model.eval()                                             # dropout off: it would be noise in the margin, and policy != reference
+    model.eval()                                             # dropout off: noise in the margin, and policy != reference
     print(f"{parameter_count(raw)['total']:,} parameters, {sum(p.numel() for p in raw.parameters() if p.requires_grad):,} trained "
           f"| {dtype} on {ctx.device}, {ctx.world_size} rank(s)\n{len(train):,} pairs | {sampler.rows_per_step} pairs an update "
           f"| {max_steps} updates | expected first loss ln 2 = 0.6931", flush=True)

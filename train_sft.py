@@ -100,9 +100,9 @@ def main(cfg):
     # [shared:adapter]
     if cfg.peft not in ("", "lora"):
         raise UserError(f"--peft {cfg.peft} is unknown; use lora, or leave it out to train all weights")
+    # [/shared]
     if cfg.peft:
         peft.inject_lora(raw, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets)
-    # [/shared]
     train, val = ChatRows.load(cfg, tokenizer, T)
 
     # [shared:engine]

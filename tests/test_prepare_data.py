@@ -1,0 +1,256 @@
+"""prepare_data.py as a user meets it: whole runs, skipped runs, interrupted runs, and input that is not what it should be."""
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import prepare_data
+from nanollm import tokenizer as tokenizers
+from nanollm.corpus import pack
+
+ROOT = Path(__file__).parents[1]
+SENTENCES = [f"Sentence number {i} says that {i * 7919 % 10007} apples are on the table. 桌上有{i * 104729 % 9973}个苹果。" for i in range(300)]
+
+
+def run(*argv):
+    """main() with the exit code a shell would see."""
+    try:
+        prepare_data.main([str(a) for a in argv])
+        return 0
+    except SystemExit as e:
+        return e.code
+
+
+def corpus(path, texts=SENTENCES):
+    path.write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts), encoding="utf-8")
+    return path
+
+
+def files(directory):
+    """Content of every file but the reports, which hold times."""
+    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in sorted(directory.rglob("*"))
+            if p.is_file() and p.name != "report.json"}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The smoke world, prepared as the speedrun does it."""
+    tmp = tmp_path_factory.mktemp("demo")
+    assert run("demo", "--out", tmp / "raw", "--size", "smoke") == 0
+    assert run("build", "--input", tmp / "raw" / "documents.jsonl", "--out", tmp / "data", "--vocab_size", 512,
+               "--threshold", 0.85) == 0
+    return tmp
+
+
+def test_the_demo_loses_exactly_what_was_planted(demo):
+    """Junk by reason, near copies by number, and nothing else; no clean document of the world is edited."""
+    truth = json.loads((demo / "raw" / "truth.json").read_text(encoding="utf-8"))
+    report = json.loads((demo / "data" / "report.json").read_text(encoding="utf-8"))
+    assert report["clean"]["dropped"] == truth["clean_planted"] and report["clean"]["edited"] == {}
+    assert report["dedup"]["removed"] == truth["dedup_planted"] and report["dedup"]["kept"] == truth["documents"]
+    assert report["tokens"]["train"]["n_docs"] + report["tokens"]["val"]["n_docs"] == truth["documents"]
+    assert report["tokenizer"]["bytes_per_token"] > 1.5 and {"en", "zh"} <= set(report["tokenizer"])
+
+
+def test_token_files_decode_to_the_deduplicated_documents(demo):
+    """The whole way: every kept document stands in exactly one split, unharmed, and the tokenizer lies beside it."""
+    tokens = demo / "data" / "tokens"
+    tok, back = tokenizers.load(tokens / "tokenizer"), []
+    for split in ("train", "val"):
+        meta = json.loads((tokens / f"{split}.json").read_text(encoding="utf-8"))
+        ids = np.fromfile(tokens / f"{split}.bin", "<u2").tolist()
+        assert meta["tokenizer_hash"] == tok.hash and meta["n_tokens"] == len(ids) and meta["n_docs"] == ids.count(tok.eos_id)
+        ends = np.fromfile(tokens / f"{split}.idx", "<u8").tolist()
+        back += [tok.decode(ids[a:b - 1]) for a, b in zip([0, *ends], ends)]
+    kept = (demo / "data" / "dedup" / "documents.jsonl").read_text(encoding="utf-8").splitlines()
+    assert sorted(back) == sorted(json.loads(line)["text"] for line in kept)
+
+
+def test_every_removal_is_as_similar_as_it_says(demo):
+    """Checked on the texts themselves, with sets of strings."""
+    texts = {row["id"]: row["text"] for row in
+             map(json.loads, (demo / "data" / "clean" / "documents.jsonl").read_text(encoding="utf-8").splitlines())}
+    kept = {json.loads(line)["id"] for line in
+            (demo / "data" / "dedup" / "documents.jsonl").read_text(encoding="utf-8").splitlines()}
+    removed = [json.loads(x) for x in (demo / "data" / "dedup" / "removed.jsonl").read_text(encoding="utf-8").splitlines()]
+    for row in removed:
+        a, b = ({t[i:i + 5] for i in range(len(t) - 4)} for t in (texts[row["id"]], texts[row["dup_of"]]))
+        assert row["dup_of"] in kept and row["id"] not in kept
+        assert len(a & b) / len(a | b) >= 0.85 and abs(len(a & b) / len(a | b) - row["jaccard"]) < 1e-4
+    assert removed and len(kept) + len(removed) == len(texts)
+
+
+def test_a_finished_stage_is_skipped_until_something_changes(tmp_path, capsys):
+    """Same input and settings: skipped; --force, another setting or a touched input: done again, as are its followers."""
+    raw, out = corpus(tmp_path / "raw.jsonl"), tmp_path / "out"
+    build = ["build", "--input", raw, "--out", out, "--vocab_size", 400]
+    assert run(*build) == 0
+    before = files(out)
+    capsys.readouterr()
+    assert run(*build) == 0 and capsys.readouterr().out.count("skipped") == 4
+    assert run(*build, "--force") == 0 and "skipped" not in capsys.readouterr().out
+    assert files(out) == before                                       # and twice the same is the same, byte for byte
+    assert run(*build, "--val_fraction", 0.3) == 0 and capsys.readouterr().out.count("skipped") == 3
+    assert run(*build, "--min_chars", 16) == 0 and "skipped" not in capsys.readouterr().out
+    corpus(raw, SENTENCES[:200])
+    assert run(*build) == 0
+    assert json.loads((out / "report.json").read_text(encoding="utf-8"))["tokens"]["train"]["n_docs"] <= 200
+
+
+def test_build_is_its_four_stages(tmp_path):
+    """One by one they give the same files."""
+    raw = corpus(tmp_path / "raw.jsonl")
+    assert run("build", "--input", raw, "--out", tmp_path / "a", "--vocab_size", 400) == 0
+    for argv in (["clean", "--input", raw], ["dedup"], ["tokenizer", "--vocab_size", 400], ["tokenize"]):
+        assert run(*argv, "--out", tmp_path / "b") == 0
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_an_interrupted_stage_leaves_no_half_output(tmp_path, monkeypatch):
+    """Killed between train and val: no tokens/ at all, or the old one untouched; the next run is as if nothing happened."""
+    raw, out = corpus(tmp_path / "raw.jsonl"), tmp_path / "out"
+    build = ["build", "--input", raw, "--out", out, "--vocab_size", 400]
+    whole = pack.write_tokens
+
+    def killed(directory, split, texts, tok):
+        if split == "val":
+            raise RuntimeError("killed")
+        return whole(directory, split, texts, tok)
+
+    monkeypatch.setattr(pack, "write_tokens", killed)
+    with pytest.raises(RuntimeError):
+        run(*build)
+    assert not (out / "tokens").exists()
+    monkeypatch.undo()
+    assert run(*build) == 0
+    good = files(out)
+    assert not any(".tmp" in name for name in good)
+    monkeypatch.setattr(pack, "write_tokens", killed)
+    with pytest.raises(RuntimeError):
+        run("tokenize", "--out", out, "--val_fraction", 0.5)
+    assert {k: v for k, v in files(out).items() if ".tmp" not in k} == good
+
+
+def test_a_directory_that_is_not_ours_is_left_alone(tmp_path, capsys):
+    """Neither a stage nor --force may remove what a person has put there."""
+    raw = corpus(tmp_path / "raw.jsonl")
+    (tmp_path / "out" / "clean").mkdir(parents=True)
+    (tmp_path / "out" / "clean" / "thesis.txt").write_text("years of work", encoding="utf-8")
+    (tmp_path / "out" / "report.json").write_text('{"mine": 1}', encoding="utf-8")
+    for argv in (["clean", "--input", raw, "--out", tmp_path / "out"], ["demo", "--size", "smoke", "--out", tmp_path / "out"]):
+        assert run(*argv, "--force") == 2 and "another directory" in capsys.readouterr().err
+    assert (tmp_path / "out" / "clean" / "thesis.txt").read_text(encoding="utf-8") == "years of work"
+
+
+def test_a_foreign_tokenizer_is_used_instead_of_training(tmp_path):
+    """The ids are the ones that tokenizer gives, and it is copied beside them."""
+    raw, mine = corpus(tmp_path / "raw.jsonl"), tokenizers.char_tokenizer("".join(SENTENCES))
+    mine.save(tmp_path / "mine")
+    assert run("build", "--input", raw, "--out", tmp_path / "out", "--tokenizer", tmp_path / "mine") == 0
+    assert tokenizers.load(tmp_path / "out" / "tokens" / "tokenizer").hash == mine.hash
+    ids = np.fromfile(tmp_path / "out" / "tokens" / "val.bin", "<u2").tolist()
+    assert mine.decode(ids[:ids.index(mine.eos_id)]) in SENTENCES
+
+
+def test_broken_rows_below_the_limit_are_reported_and_above_it_stop(tmp_path, capsys):
+    """3 of 303 is within 1 %; --max_bad 0.001 is not, and the message says how many, where and why."""
+    raw = corpus(tmp_path / "raw.jsonl")
+    with open(raw, "a", encoding="utf-8") as f:
+        f.write('{"text": "cut off\n{"txt": 1}\n[]\n')
+    assert run("clean", "--input", raw, "--out", tmp_path / "out", "--max_bad", 0.001) == 2
+    error = capsys.readouterr().err
+    assert "3 of 303" in error and f"{raw.as_posix()}:301" in error and "broken_json" in error
+    assert (tmp_path / "out" / "clean.tmp" / "quarantine.jsonl").read_text(encoding="utf-8").count("\n") == 3
+    assert not (tmp_path / "out" / "clean").exists()
+    assert run("clean", "--input", raw, "--out", tmp_path / "out") == 0
+    out = capsys.readouterr().out
+    assert "quarantined 3" in out and "missing_text" in out and f"{raw.as_posix()}:301" in out
+
+
+def bad_inputs(tmp):
+    """name -> (arguments, a word the sentence must contain)."""
+    def write(name, data):
+        (tmp / name).write_bytes(data)
+        return tmp / name
+
+    pq.write_table(pa.table({"content": ["x"]}), tmp / "column.parquet")
+    pq.write_table(pa.table({"text": SENTENCES}), tmp / "good.parquet")
+    good, whole = corpus(tmp / "good.jsonl"), (tmp / "good.parquet").read_bytes()
+    clean, out = ["clean", "--out", tmp / "out", "--input"], ["--out", tmp / "out"]
+    assert run(*clean, good) == 0
+    return {
+        "no input": (clean[:-1], "--input"),
+        "a path that is not there": ([*clean, tmp / "nowhere"], "does not exist"),
+        "an empty file": ([*clean, write("empty.txt", b"")], "empty"),
+        "blank lines only": ([*clean, write("blank.txt", b"\n\n \n")], "none of 0 documents"),
+        "an unknown extension": ([*clean, write("a.docx", b"x")], "unknown extension"),
+        "an empty directory": ([*clean, (tmp / "dir").mkdir() or tmp / "dir"], "nothing to read"),
+        "broken JSON lines": ([*clean, write("b.jsonl", b"{\n" * 9)], "broken_json"),
+        "a cut JSON list": ([*clean, write("c.json", b'[{"text": "long enough to be kept"}, {')], "unreadable_file"),
+        "rows without text": ([*clean, write("d.jsonl", b'{"body": "x"}\n' * 9)], "missing_text"),
+        "text that is a number": ([*clean, write("e.jsonl", b'{"text": 1}\n' * 9)], "text_not_a_string"),
+        "GBK instead of UTF-8": ([*clean, write("f.txt", "这不是UTF-8编码的文本".encode("gbk"))], "not_utf8"),
+        "UTF-16": ([*clean, write("g.txt", "plain text but two bytes each".encode("utf-16"))], "not_utf8"),
+        "a cut gz": ([*clean, write("h.jsonl.gz", gzip.compress(good.read_bytes())[:1500])], "unreadable_file"),
+        "a gz that is none": ([*clean, write("i.txt.gz", b"hello there")], "unreadable_file"),
+        "a cut parquet": ([*clean, write("j.parquet", whole[:len(whole) // 2])], "unreadable_file"),
+        "a parquet without text": ([*clean, tmp / "column.parquet"], "content"),
+        "an SFT file": ([*clean, write("k.jsonl", b'{"messages": []}\n')], "train_sft.py"),
+        "preference pairs": ([*clean, write("l.json", b'[{"prompt": "a", "chosen": "b", "rejected": "c"}]')], "train_dpo.py"),
+        "only junk": ([*clean, write("m.txt", b"short\n!!\n")], "none of 2 documents"),
+        "--doc_sep nonsense": ([*clean, good, "--doc_sep", "page"], "--doc_sep"),
+        "an unknown option": ([*clean, good, "--min_char", "3"], "min_chars"),
+        "an unknown command": (["cleanse"], "cleanse"),
+        "--out is a file": (["clean", "--input", good, "--out", good], "good.jsonl"),
+        "dedup before clean": (["dedup", "--out", tmp / "other"], "prepare_data.py clean"),
+        "dedup on raw text": (["dedup", *out, "--input", write("n.txt", b"hello\n")], "document 1"),
+        "two files for one stage": (["dedup", *out, "--input", good, good], "--input"),
+        "a threshold of 7": (["dedup", *out, "--threshold", "7"], "--threshold"),
+        "a vocabulary of 10": (["tokenizer", *out, "--vocab_size", "10"], "--vocab_size"),
+        "a tokenizer that is none": (["tokenizer", *out, "--tokenizer", good], "tokenizer"),
+        "tokenize without tokenizer": (["tokenize", *out], "tokenizer"),
+        "--val_fraction 2": (["tokenize", *out, "--tokenizer", tmp / "tok", "--val_fraction", "2"], "--val_fraction"),
+        "a demo size": (["demo", "--out", tmp / "d", "--size", "huge"], "--size"),
+    }
+
+
+def test_bad_input_gets_one_sentence_and_exit_code_2(tmp_path, capsys):
+    """And what was there before stays as it was."""
+    tokenizers.char_tokenizer("abc").save(tmp_path / "tok")
+    cases = bad_inputs(tmp_path)
+    before = files(tmp_path / "out" / "clean")
+    for name, (argv, word) in cases.items():
+        capsys.readouterr()
+        assert run(*argv) == 2, name
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and word in error, f"{name}: {error}"
+        assert "Traceback" not in error and len(error) < 600, name
+    assert files(tmp_path / "out" / "clean") == before and len(cases) >= 20
+
+
+def test_one_long_file_says_how_to_split_it(tmp_path, capsys):
+    """A single document cannot be split into training and validation."""
+    (tmp_path / "book.txt").write_text("\n".join(SENTENCES), encoding="utf-8")
+    build = ["build", "--input", tmp_path / "book.txt", "--out", tmp_path / "out", "--vocab_size", 400]
+    assert run(*build, "--doc_sep", "file") == 2 and "--doc_sep" in capsys.readouterr().err
+    assert run(*build) == 0 and "--doc_sep line" in capsys.readouterr().out
+
+
+def test_the_command_line_works_in_a_c_locale(tmp_path):
+    """Chinese text and messages do not need a UTF-8 terminal; --help names the commands, of each command its options."""
+    (tmp_path / "中文.txt").write_text("\n".join(SENTENCES), encoding="utf-8")
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+
+    def shell(*argv):
+        return subprocess.run([sys.executable, str(ROOT / "prepare_data.py"), *argv], cwd=tmp_path, env=env, capture_output=True)
+    result = shell("clean", "--input", ".", "--out", "out")
+    assert result.returncode == 0 and "kept 300" in result.stdout.decode("utf-8"), result.stderr
+    assert "tokenize" in shell("--help").stdout.decode("utf-8")
+    assert "--vocab_size" in shell("build", "--help").stdout.decode("utf-8")
