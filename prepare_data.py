@@ -99,9 +99,9 @@ def stage(cfg, name, inputs, settings, code, work):
     aside, before = Path(f"{target}.tmp"), read_report(target)
     source = b"".join(Path(module.__file__).read_bytes() for module in code)
     signature = {"settings": settings, "code": hashlib.blake2b(source, digest_size=8).hexdigest(),
-                 "inputs": [[p.as_posix(), p.stat().st_size, p.stat().st_mtime_ns] for p in inputs]}
+                 "inputs": [[io.shown(p), p.stat().st_size, p.stat().st_mtime_ns] for p in inputs]}
     if before and before["signature"] == signature and not cfg.force:
-        print(f"{target.name}: {target.as_posix()} is complete, skipped (--force redoes it)")
+        print(f"{target.name}: {io.shown(target)} is complete, skipped (--force redoes it)")
         return
     if not before and target.exists() and (target.is_file() or any(target.iterdir())):
         raise UserError(f"--out: {target} holds something that prepare_data.py did not write; choose another directory")
@@ -117,7 +117,7 @@ def stage(cfg, name, inputs, settings, code, work):
     write_report(aside, report)
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)
-    print(f"  {report['seconds']:.1f} s, peak memory {report['peak_rss_mb']} MB -> {target.as_posix()}", flush=True)
+    print(f"  {report['seconds']:.1f} s, peak memory {report['peak_rss_mb']} MB -> {io.shown(target)}", flush=True)
     if name:
         write_report(Path(cfg.out), {s: report for s in STAGES if (report := read_report(Path(cfg.out) / s))})
 
@@ -186,9 +186,9 @@ def clean(cfg):
     def work(out):
         separators = {path: io.choose_separator(path, cfg.doc_sep) for path in files}
         for path, sep in separators.items():
-            print(f"  reading {path.as_posix()}" + f" (--doc_sep {sep})" * (io.kind(path) == ".txt"))
+            print(f"  reading {io.shown(path)}" + f" (--doc_sep {sep})" * (io.kind(path) == ".txt"))
         for path, why in skipped:
-            print(f"  skipped {path.as_posix()}: {why}")
+            print(f"  skipped {io.shown(path)}: {why}")
         r = cleaning.clean_corpus(separators, out, cfg.min_chars, cfg.max_bad)
         bad, drops = sum(r["quarantined"].values()), sum(r["dropped"].values())
         print(f"  in {r['in']:,} documents, {r['chars_in']:,} characters\n"
@@ -202,7 +202,7 @@ def clean(cfg):
             print(f"  quarantined: {shares(r['quarantined'], r['in'])}")
         for row in r["quarantine_examples"]:
             print(f"    {row['file']}:{row['line']}: {row['reason']} {row['error'] or head(row['head'])}")
-        return r | {"skipped": [[path.as_posix(), why] for path, why in skipped]}
+        return r | {"skipped": [[io.shown(path), why] for path, why in skipped]}
     settings = {"doc_sep": cfg.doc_sep, "min_chars": cfg.min_chars, "max_bad": cfg.max_bad}
     stage(cfg, "clean", files, settings, [cleaning, io], work)
 

@@ -43,7 +43,8 @@ def pattern_for(vocab_size):
     piece and punctuation would stick to it) and every repetition bounded: pieces are short whatever the text, so
     encoding takes linear time and no engine runs out of stack on a million blanks. Digits stand alone in a small
     vocabulary and by two in a large one, else numbers eat it. The same string works in Python's `regex`, tiktoken's
-    fancy-regex and Oniguruma (Hugging Face): hence no (?i), no `$` and no possessive braces, which differ.
+    fancy-regex and Oniguruma (Hugging Face): hence no (?i), no `$` and no possessive braces, which differ. (Each engine
+    has its own Unicode tables, so characters younger than the oldest of them may be cut differently.)
     """
     digits = r"\p{N}" if vocab_size <= 8192 else r"\p{N}{1,2}"
     return (r"'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])"                 # 's 'll …

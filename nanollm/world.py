@@ -55,7 +55,7 @@ def held_out(kind, *combination):
         a, b = sorted(combination)
         first = hashlib.blake2b(repr((kind, a, b)).encode("utf-8"), digest_size=8).digest()
         return a != b and first[0] % 3 == 0 and (combination == (a, b)) == bool(first[1] % 2)
-    return digest[0] % (4 if kind == "count" else 6) == 0    # there are few counts
+    return digest[0] % 6 == 0
 
 
 # ------------------------------------------------------------------------------------- writing and reading a text
@@ -138,27 +138,38 @@ def people(w, lang, kind, items):
     return [n for n in NAMES[lang] if allowed(n)], allowed
 
 
-def opening_en(w):
+def choose_or_copy(w, options, key):
+    """A choice, unless the title has made it already."""
+    if key in w.choices:
+        w.copy(w.choices[key])
+        return w.choices[key]
+    return w.choose(options, key)
+
+
+def opening_en(w, title=False):
+    """Who lives where with which pet, and what was found. With a title the person and the pet are known from it."""
     _, pets_of = people(w, "en", "pet", list(PETS))
     _, objects_of = people(w, "en", "object", list(OBJECTS))
     names = [n for n in NAMES["en"] if pets_of(n) and objects_of(n)]
-    start = w.choose(["This is ", "Near the ", "Once upon a time "])
-    if start == "This is ":
+    starts = ["This is ", "Near the ", "Once upon a time "]
+    start = w.choose(starts + ["A story about "] * title)
+    if start == "A story about ":
         N = w.choose(names, "name")
-        w.line(". {N} lives near the ", N=N)
-        w.choose(list(PLACES), "home")
-    elif start == "Near the ":
+        w.fix(" and a ")
+        w.choose(pets_of(N), "pet")
+        w.fix(". ")
+        start = w.choose(starts)
+    if start == "Near the ":
         w.choose(list(PLACES), "home")
         w.fix(" lives ")
-        N = w.choose(names, "name")
-    else:
-        N = w.choose(names, "name")
-        w.fix(" lived near the ")
+    N = choose_or_copy(w, names, "name")
+    if start != "Near the ":
+        w.line(". {N} lives near the " if start == "This is " else " lived near the ", N=N)
         w.choose(list(PLACES), "home")
     w.line(". {N} has a ", N=N)
     w.choose(list(COLOURS), "pet_colour")
     w.fix(" ")
-    pet = w.choose(pets_of(N), "pet")
+    pet = choose_or_copy(w, pets_of(N), "pet")
     w.fix(" called ")
     P = w.choose(PET_NAMES["en"], "pet_name")
     w.fix(". One ")
@@ -176,8 +187,8 @@ def opening_en(w):
 EVENTS_EN = [" Then ", " Soon ", " After that ", " Later ", " But ", " In a box "]
 
 
-def story_en(w, least=2, most=5):
-    N, pet, P, colour, obj = opening_en(w)
+def story_en(w, least=2, most=5, title=True):
+    N, pet, P, colour, obj = opening_en(w, title)
     left, END = list(EVENTS_EN), " At last "
     for n in range(most + 1):
         event = w.choose((left if n < most else []) + ([END] if n >= least else []))
@@ -225,20 +236,25 @@ def story_en(w, least=2, most=5):
     w.fix(".")
 
 
-def opening_zh(w):
+def opening_zh(w, title=False):
     zh = lambda table: list(table.values())
     _, pets_of = people(w, "zh", "pet", zh(PETS))
     _, objects_of = people(w, "zh", "object", zh(OBJECTS))
     names = [n for n in NAMES["zh"] if pets_of(n) and objects_of(n)]
-    start = w.choose(["这是", "从前，", "有一个孩子叫"])
-    N = w.choose(names, "name")
+    starts = ["这是", "从前，", "有一个孩子叫"]
+    start = w.choose(starts + ["故事："] * title)
+    if start == "故事：":
+        N = w.choose(names, "name", "和")
+        w.choose(pets_of(N), "pet", "。")
+        start = w.choose(starts)
+    N = choose_or_copy(w, names, "name")
     w.line("。{N}住在", N=N) if start == "这是" else w.fix("住在")
     w.choose(zh(PLACES), "home", "。")
     w.line("{N}有一只", N=N)
     w.choose(zh(COLOURS), "pet_colour")
     w.fix("的")
-    pet = w.choose(pets_of(N), "pet", "，")
-    w.fix("名字叫")
+    pet = choose_or_copy(w, pets_of(N), "pet")
+    w.fix("，名字叫")
     P = w.choose(PET_NAMES["zh"], "pet_name")
     w.fix("。一个")
     w.choose(zh(WEATHER))
@@ -254,9 +270,9 @@ def opening_zh(w):
 EVENTS_ZH = ["然后", "不久，", "后来", "接着", "可是", "在箱子里，"]
 
 
-def story_zh(w, least=2, most=5):
+def story_zh(w, least=2, most=5, title=True):
     zh = lambda table: list(table.values())
-    N, pet, P, colour, obj = opening_zh(w)
+    N, pet, P, colour, obj = opening_zh(w, title)
     left, END = list(EVENTS_ZH), "最后，"
     for n in range(most + 1):
         event = w.choose((left if n < most else []) + ([END] if n >= least else []))
@@ -301,12 +317,16 @@ def story_zh(w, least=2, most=5):
     w.choose(zh(MOODS), "", "。")
 
 
-def numbers(w, kind):
-    """Two digits on the right side of the held-out line: a sum's, or the ends of a count."""
-    seconds = lambda a: [b for b in DIGITS if (kind == "sum" or 2 <= int(b) - int(a) <= 5) and held_out(kind, a, b) == w.held]
-    a = w.choose([a for a in DIGITS if seconds(a)])
-    yield a
-    yield w.choose(seconds(a))
+def counts_from(a):
+    """Where a count that begins at the digit a may end."""
+    return [b for b in DIGITS if 2 <= int(b) - int(a) <= 5]
+
+
+def pair_of(w, kind, between):
+    """Two digits: a sum's, on the right side of the held-out line, or the ends of a count."""
+    seconds = lambda a: counts_from(a) if kind == "count" else [b for b in DIGITS if held_out("sum", a, b) == w.held]
+    a = w.choose([a for a in DIGITS if seconds(a)], "", between)
+    return a, w.choose(seconds(a))
 
 
 def count(a, b, comma):
@@ -321,16 +341,10 @@ def facts_en(w, least=6, most=10):
         if kind == END:
             break
         if kind == "The sum of ":
-            pair = numbers(w, "sum")
-            a = next(pair)
-            w.fix(" and ")
-            b = next(pair)
+            a, b = pair_of(w, "sum", " and ")
             w.line(" is {c}. ", c=str(int(a) + int(b)))
         elif kind == "From ":
-            pair = numbers(w, "count")
-            a = next(pair)
-            w.fix(" to ")
-            b = next(pair)
+            a, b = pair_of(w, "count", " to ")
             w.line(" we count {l}. ", l=count(a, b, ", "))
         else:
             table = {"The opposite of ": both_ways("en"), "The colour of ": THINGS["en"], "In Chinese ": DICTIONARY}[kind]
@@ -346,16 +360,10 @@ def facts_zh(w, least=6, most=10):
         if kind == END:
             break
         if kind == "和：":
-            pair = numbers(w, "sum")
-            a = next(pair)
-            w.fix("加")
-            b = next(pair)
+            a, b = pair_of(w, "sum", "加")
             w.line("等于{c}。", c=str(int(a) + int(b)))
         elif kind == "从":
-            pair = numbers(w, "count")
-            a = next(pair)
-            w.fix("数到")
-            b = next(pair)
+            a, b = pair_of(w, "count", "数到")
             w.line("：{l}。", l=count(a, b, "、"))
         else:
             table, link = {"反义词：": (both_ways("zh"), "的反义词是"), "颜色：": (THINGS["zh"], "的颜色是"),
@@ -373,18 +381,18 @@ def both_ways(lang):
 
 # task -> language -> (questions, full answer); the curt answer is {x} alone.
 TASKS = {
-    "sum": {"en": (["What is {a} plus {b}?", "Add {a} and {b}.", "How much is {a} and {b}?"], "The sum of {a} and {b} is {x}."),
-            "zh": (["{a}加{b}等于几？", "请算一算{a}加{b}。", "{a}加上{b}是多少？"], "{a}加{b}等于{x}。")},
-    "opposite": {"en": (["What is the opposite of {w}?", "Tell me the opposite of {w}.", "Which word is the opposite of {w}?"],
+    "sum": {"en": (["What is {a} plus {b}?", "Add {a} and {b}."], "The sum of {a} and {b} is {x}."),
+            "zh": (["{a}加{b}等于几？", "请算一算{a}加{b}。"], "{a}加{b}等于{x}。")},
+    "opposite": {"en": (["What is the opposite of {w}?", "Tell me the opposite of {w}."],
                         "The opposite of {w} is {x}."),
-                 "zh": (["{w}的反义词是什么？", "请告诉我{w}的反义词。", "哪个词是{w}的反义词？"], "{w}的反义词是{x}。")},
-    "colour": {"en": (["What colour is {w}?", "Tell me the colour of {w}.", "What is the colour of {w}?"], "The colour of {w} is {x}."),
-               "zh": (["{w}是什么颜色的？", "请告诉我{w}的颜色。", "{w}的颜色是什么？"], "{w}的颜色是{x}。")},
-    "count": {"en": (["Count from {a} to {b}.", "Please count from {a} to {b}.", "Can you count from {a} to {b}?"],
+                 "zh": (["{w}的反义词是什么？", "请告诉我{w}的反义词。"], "{w}的反义词是{x}。")},
+    "colour": {"en": (["What is the colour of {w}?", "Tell me the colour of {w}."], "The colour of {w} is {x}."),
+               "zh": (["{w}的颜色是什么？", "请告诉我{w}的颜色。"], "{w}的颜色是{x}。")},
+    "count": {"en": (["Count from {a} to {b}.", "Can you count from {a} to {b}?"],
                      "From {a} to {b} we count {x}."),
-              "zh": (["从{a}数到{b}。", "请从{a}数到{b}。", "你会从{a}数到{b}吗？"], "从{a}数到{b}：{x}。")},
-    "translate": {"en": (["What is {w} in Chinese?", "How do you say {w} in Chinese?", "Translate {w} into Chinese."], "In Chinese {w} is {x}."),
-                  "zh": (["{w}的英文是什么？", "{w}用英文怎么说？", "请把{w}翻译成英文。"], "{w}的英文是{x}。")},
+              "zh": (["请从{a}数到{b}。", "你会从{a}数到{b}吗？"], "从{a}数到{b}：{x}。")},
+    "translate": {"en": (["What is {w} in Chinese?", "Translate {w} into Chinese."], "In Chinese {w} is {x}."),
+                  "zh": (["{w}的英文是什么？", "请把{w}翻译成英文。"], "{w}的英文是{x}。")},
 }
 # about a story just told: what is asked -> question, full answer; the curt answer is {x} alone
 ABOUT = {"en": {"home": ("Where does {N} live?", "{N} lives near the {x}."), "pet": ("What pet does {N} have?", "{N} has a {x}."),
@@ -402,16 +410,15 @@ def questions(task, lang, held=False):
     asks, full = TASKS[task][lang]
     comma = ", " if lang == "en" else "、"
     if task == "sum":
-        slots = [{"a": a, "b": b, "x": str(int(a) + int(b))} for a in DIGITS for b in DIGITS if held_out("sum", a, b) == held]
+        slots = [{"a": a, "b": b, "x": str(int(a) + int(b)), "key": None} for a in DIGITS for b in DIGITS if held_out("sum", a, b) == held]
     elif task == "count":
-        slots = [{"a": a, "b": b, "x": count(a, b, comma)} for a in DIGITS for b in DIGITS
-                 if 2 <= int(b) - int(a) <= 5 and held_out("count", a, b) == held]
+        slots = [{"a": a, "b": b, "x": count(a, b, comma), "key": a + b} for a in DIGITS for b in counts_from(a)]
     else:
         table = {"opposite": both_ways(lang), "colour": THINGS[lang],
                  "translate": DICTIONARY if lang == "en" else {zh: en for en, zh in DICTIONARY.items()}}[task]
-        slots = [{"w": w, "x": x} for w, x in table.items()]
+        slots = [{"w": w, "x": x, "key": w} for w, x in table.items()]
     return [(ask.format(**s), full.format(**s | {"x": "{x}"}), s["x"]) for s in slots for i, ask in enumerate(asks)
-            if "a" in s or held_out(task, lang, s["w"], i) == held]
+            if s["key"] is None or held_out(task, lang, s["key"], i) == held]
 
 
 def about(w, lang):
@@ -519,7 +526,7 @@ def exercise(rng, task, lang, held):
     A story has no curt and no wrong answer; it must be about the name and the pet in `must`."""
     w, story = Writer(rng, held), ""
     if task == "story":
-        (story_en if lang == "en" else story_zh)(w, 1, 2)
+        (story_en if lang == "en" else story_zh)(w, 1, 2, False)
         must = {key: w.choices[key] for key in ("name", "pet")}
         return rng.choice(WRITE[lang]).format(N=must["name"], pet=must["pet"]), w.text, None, None, must
     if task == "about":
@@ -653,7 +660,7 @@ def near_copy(rng, text):
     while True:
         i = rng.randrange(len(text) // 10, len(text) - 1)
         copy = text[:i] + rng.choice("qxz" if text[i].isascii() else "丁卜甲") + text[i + 1 :]
-        if not text[i].isalpha():
+        if not text[i].isalpha() or copy == text:            # the x of "box" may have become an x
             continue
         a, b = shingles(text), shingles(copy)
         similarity = len(a & b) / len(a | b)

@@ -174,7 +174,7 @@ def run_ranks(call, out, n=2, timeout=300):
         port = s.getsockname()[1]
     out.mkdir(parents=True, exist_ok=True)
     logs = [open(out / f"rank{r}.log", "w+b") for r in range(n)]
-    processes = [python(f"import {call.split('.')[0]}, pathlib; {call}(pathlib.Path(sys.argv[1]))", out, log=logs[r],
+    processes = [python(f"sys.stdout.reconfigure(encoding='utf-8'); import {call.split('.')[0]}, pathlib; {call}(pathlib.Path(sys.argv[1]))", out, log=logs[r],
                         env={"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
                  for r in range(n)]
     try:

@@ -65,12 +65,16 @@ def test_outgrowing_the_context_is_said_once(runs, capsys, monkeypatch):
     assert capsys.readouterr().out.count("outgrew the context") == 1
 
 
-def test_one_shot_prompts_are_answered_in_fresh_conversations(runs, capsys):
-    """Two prompts, greedy: each answer equals the one it gets alone, and nothing is read from the keyboard."""
+def test_one_shot_prompts_are_answered_in_fresh_conversations(runs, capsys, monkeypatch):
+    """Two prompts, greedy: each answer equals the one it gets alone, from a conversation of its own, and nothing is read
+    from the keyboard."""
+    seen = []
+    monkeypatch.setattr(chat, "render", lambda tok, messages, *rest, **kw: (seen.append(messages[0]["content"]), render(tok, messages, *rest, **kw))[1])
+
     def shown(*prompts):
         chat.main(config(runs, prompt=list(prompts), temperature=0.0))
         return capsys.readouterr().out
-    assert shown("Hi", "小明?") == shown("Hi") + shown("小明?")
+    assert shown("Hi", "小明?") == shown("Hi") + shown("小明?") and seen == ["Hi", "小明?"] * 2
 
 
 def test_the_streamed_answer_equals_the_decoded_ids(runs, capsys):

@@ -129,7 +129,7 @@ def test_shots_are_dropped_until_the_question_fits_into_the_context(tok):
     """Solved examples of the same subject only, as many as fit; a question that is too long alone loses its beginning and
     is counted."""
     question = {"question": "Which one?", "options": ["x", "y", "z", "w"], "answer": 0, "subject": "s"}
-    shots = [question | {"question": f"Solved {i}?", "answer": 2} for i in range(5)] + [question | {"question": "Foreign?", "subject": "t"}]
+    shots = [question | {"question": "Foreign?", "subject": "t"}] + [question | {"question": f"Solved {i}?", "answer": 2} for i in range(7)]
     prompts = [evaluation.multiple_choice(tiny_lm(max_seq_len=n), tok, [question], shots) for n in (2048, 200, 40)]
     counts = [p["prompt"].count("Solved") for p in prompts]
     assert counts[0] == 5 and 0 < counts[1] < 5 and counts[2] == 0 and "Foreign" not in prompts[0]["prompt"]
@@ -246,9 +246,12 @@ def test_evaluate_refuses_in_one_sentence_what_it_cannot_measure(runs):
             evaluate.main(evaluate.Config(**kw, device="cpu"))
 
 
-def test_the_demo_task_measures_the_whole_road_against_the_worlds_truth(tmp_path, tok):
+def test_the_demo_task_measures_the_whole_road_against_the_worlds_truth(tmp_path, tok, monkeypatch):
     """Untrained checkpoints: every key of the report is filled, the floor is the mean -log p of the very validation
-    documents, the SFT model itself stands near 0.5 and two runs write the same numbers."""
+    documents, the sampled answers are independent (three seeds), and two runs write the same numbers."""
+    answers, seeds = evaluation.answers, []
+    monkeypatch.setattr(evaluation, "answers", lambda model, tok, prompts, n, temperature=0.0, seed=0, *rest, **kw: (
+        seeds.append(seed) if temperature == 1 else None, answers(model, tok, prompts, n, temperature, seed, *rest, **kw))[1])
     demo_world.write(tmp_path / "raw", "smoke", 0)
     documents = list(demo_world.documents(40, seed=3))
     (tmp_path / "tokens").mkdir()
@@ -259,6 +262,7 @@ def test_the_demo_task_measures_the_whole_road_against_the_worlds_truth(tmp_path
     checkpoint.save(tmp_path / "rm", 1, RewardModel(ModelArgs(**{**SHAPE, "vocab_size": tok.vocab_size, "max_seq_len": 512})), tok, "rm", None)
     cfg = evaluate.Config(task="demo", run_dir=str(tmp_path), max_rows=8, max_new_tokens=6, device="cpu")
     evaluate.main(cfg)
+    assert len(seeds) == len(set(seeds)) == 3
     first = (tmp_path / "eval.json").read_text(encoding="utf-8")
     evaluate.main(cfg)
     assert first == (tmp_path / "eval.json").read_text(encoding="utf-8")

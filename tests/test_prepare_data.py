@@ -1,4 +1,4 @@
-"""prepare_data.py as a user meets it: whole runs, skipped runs, interrupted runs, and input that is not what it should be."""
+"""prepare_data.py as a user meets it: whole, skipped and interrupted runs, and input that is not what it should be."""
 import gzip
 import json
 import os
@@ -16,7 +16,8 @@ from nanollm import tokenizer as tokenizers
 from nanollm.corpus import pack
 
 ROOT = Path(__file__).parents[1]
-SENTENCES = [f"Sentence number {i} says that {i * 7919 % 10007} apples are on the table. 桌上有{i * 104729 % 9973}个苹果。" for i in range(300)]
+SENTENCES = [f"Sentence number {i} says that {i * 7919 % 10007} apples are on the table. 桌上有{i * 104729 % 9973}个苹果。"
+             for i in range(300)]
 
 
 def run(*argv):
@@ -66,7 +67,8 @@ def test_token_files_decode_to_the_deduplicated_documents(demo):
     for split in ("train", "val"):
         meta = json.loads((tokens / f"{split}.json").read_text(encoding="utf-8"))
         ids = np.fromfile(tokens / f"{split}.bin", "<u2").tolist()
-        assert meta["tokenizer_hash"] == tok.hash and meta["n_tokens"] == len(ids) and meta["n_docs"] == ids.count(tok.eos_id)
+        assert meta["tokenizer_hash"] == tok.hash
+        assert meta["n_tokens"] == len(ids) and meta["n_docs"] == ids.count(tok.eos_id)
         ends = np.fromfile(tokens / f"{split}.idx", "<u8").tolist()
         back += [tok.decode(ids[a:b - 1]) for a, b in zip([0, *ends], ends)]
     kept = (demo / "data" / "dedup" / "documents.jsonl").read_text(encoding="utf-8").splitlines()
@@ -75,11 +77,11 @@ def test_token_files_decode_to_the_deduplicated_documents(demo):
 
 def test_every_removal_is_as_similar_as_it_says(demo):
     """Checked on the texts themselves, with sets of strings."""
-    texts = {row["id"]: row["text"] for row in
-             map(json.loads, (demo / "data" / "clean" / "documents.jsonl").read_text(encoding="utf-8").splitlines())}
-    kept = {json.loads(line)["id"] for line in
-            (demo / "data" / "dedup" / "documents.jsonl").read_text(encoding="utf-8").splitlines()}
-    removed = [json.loads(x) for x in (demo / "data" / "dedup" / "removed.jsonl").read_text(encoding="utf-8").splitlines()]
+    def rows(name):
+        return [json.loads(line) for line in (demo / "data" / name).read_text(encoding="utf-8").splitlines()]
+
+    texts = {row["id"]: row["text"] for row in rows("clean/documents.jsonl")}
+    kept, removed = {row["id"] for row in rows("dedup/documents.jsonl")}, rows("dedup/removed.jsonl")
     for row in removed:
         a, b = ({t[i:i + 5] for i in range(len(t) - 4)} for t in (texts[row["id"]], texts[row["dup_of"]]))
         assert row["dup_of"] in kept and row["id"] not in kept
@@ -88,7 +90,7 @@ def test_every_removal_is_as_similar_as_it_says(demo):
 
 
 def test_a_finished_stage_is_skipped_until_something_changes(tmp_path, capsys):
-    """Same input and settings: skipped; --force, another setting or a touched input: done again, as are its followers."""
+    """Same input and settings: skipped; --force, another setting or new input: done again, as are its followers."""
     raw, out = corpus(tmp_path / "raw.jsonl"), tmp_path / "out"
     build = ["build", "--input", raw, "--out", out, "--vocab_size", 400]
     assert run(*build) == 0
@@ -114,7 +116,7 @@ def test_build_is_its_four_stages(tmp_path):
 
 
 def test_an_interrupted_stage_leaves_no_half_output(tmp_path, monkeypatch):
-    """Killed between train and val: no tokens/ at all, or the old one untouched; the next run is as if nothing happened."""
+    """Killed between train and val: no tokens/ at all, or the old one untouched; the next run begins anew."""
     raw, out = corpus(tmp_path / "raw.jsonl"), tmp_path / "out"
     build = ["build", "--input", raw, "--out", out, "--vocab_size", 400]
     whole = pack.write_tokens
@@ -144,8 +146,8 @@ def test_a_directory_that_is_not_ours_is_left_alone(tmp_path, capsys):
     (tmp_path / "out" / "clean").mkdir(parents=True)
     (tmp_path / "out" / "clean" / "thesis.txt").write_text("years of work", encoding="utf-8")
     (tmp_path / "out" / "report.json").write_text('{"mine": 1}', encoding="utf-8")
-    for argv in (["clean", "--input", raw, "--out", tmp_path / "out"], ["demo", "--size", "smoke", "--out", tmp_path / "out"]):
-        assert run(*argv, "--force") == 2 and "another directory" in capsys.readouterr().err
+    for argv in (["clean", "--input", raw], ["demo", "--size", "smoke"]):
+        assert run(*argv, "--out", tmp_path / "out", "--force") == 2 and "another directory" in capsys.readouterr().err
     assert (tmp_path / "out" / "clean" / "thesis.txt").read_text(encoding="utf-8") == "years of work"
 
 
@@ -203,7 +205,7 @@ def bad_inputs(tmp):
         "a cut parquet": ([*clean, write("j.parquet", whole[:len(whole) // 2])], "unreadable_file"),
         "a parquet without text": ([*clean, tmp / "column.parquet"], "content"),
         "an SFT file": ([*clean, write("k.jsonl", b'{"messages": []}\n')], "train_sft.py"),
-        "preference pairs": ([*clean, write("l.json", b'[{"prompt": "a", "chosen": "b", "rejected": "c"}]')], "train_dpo.py"),
+        "preference pairs": ([*clean, write("l.json", b'[{"chosen": "b", "rejected": "c"}]')], "train_dpo.py"),
         "only junk": ([*clean, write("m.txt", b"short\n!!\n")], "none of 2 documents"),
         "--doc_sep nonsense": ([*clean, good, "--doc_sep", "page"], "--doc_sep"),
         "an unknown option": ([*clean, good, "--min_char", "3"], "min_chars"),
@@ -244,12 +246,14 @@ def test_one_long_file_says_how_to_split_it(tmp_path, capsys):
 
 
 def test_the_command_line_works_in_a_c_locale(tmp_path):
-    """Chinese text and messages do not need a UTF-8 terminal; --help names the commands, of each command its options."""
+    """Chinese names and texts do not need a UTF-8 terminal; --help names the commands, of each command its options."""
     (tmp_path / "中文.txt").write_text("\n".join(SENTENCES), encoding="utf-8")
     env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
 
     def shell(*argv):
-        return subprocess.run([sys.executable, str(ROOT / "prepare_data.py"), *argv], cwd=tmp_path, env=env, capture_output=True)
+        command = [sys.executable, str(ROOT / "prepare_data.py"), *argv]
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True)
+
     result = shell("clean", "--input", ".", "--out", "out")
     assert result.returncode == 0 and "kept 300" in result.stdout.decode("utf-8"), result.stderr
     assert "tokenize" in shell("--help").stdout.decode("utf-8")

@@ -25,9 +25,9 @@ from nanollm.model import RewardModel
 from nanollm.tokenizer import bpe_tokenizer
 
 SCRIPTS = {"pretrain": train_pretrain, "sft": train_sft, "rm": train_rm, "dpo": train_dpo}
-LORA = dict(peft="lora", lora_rank=4, lora_dropout=0.1)
-VARIANTS = {"pretrain": {}, "pretrain-muon-dropout": {"optimizer": "muon", "dropout": 0.1}, "sft": {}, "sft-lora": LORA, "rm": {}, "dpo": {},
-            "dpo-lora": LORA}
+LORA = dict(peft="lora", lora_rank=4)
+VARIANTS = {"pretrain": {}, "pretrain-muon-dropout": {"optimizer": "muon", "dropout": 0.1}, "sft": {},
+            "sft-lora": {**LORA, "lora_dropout": 0.1}, "rm": {}, "dpo": {}, "dpo-lora": LORA}
 
 
 def start(variant, world, out_dir, **changes):
@@ -44,7 +44,7 @@ def train_lines(records):
 
 # ---- three steps ---------------------------------------------------------------------------------------------------
 
-TWO_RANK_RUNS = {"pretrain": {}, "sft": {}, "rm": {}, "dpo": {}, "sft-lora": {"lora_dropout": 0.0}, "dpo-lora": {"lora_dropout": 0.0}}
+TWO_RANK_RUNS = {"pretrain": {}, "sft": {}, "rm": {}, "dpo": {}, "sft-lora": {"lora_dropout": 0.0}, "dpo-lora": {}}
 
 
 def worker(out):
@@ -266,7 +266,7 @@ def killed(tmp_path_factory):
     out = tmp_path_factory.mktemp("killed")
     write_world(out / "world")
     with open(out / "log", "w+b") as log:
-        process = python("import test_scripts, pathlib; test_scripts.kill_worker(pathlib.Path(sys.argv[1]))", out, log=log)
+        process = python("sys.stdout.reconfigure(encoding='utf-8'); import test_scripts, pathlib; test_scripts.kill_worker(pathlib.Path(sys.argv[1]))", out, log=log)
         code = process.wait(timeout=300)
     assert code == 0, (out / "log").read_text(encoding="utf-8", errors="replace")[-3000:]
     return out
@@ -426,7 +426,8 @@ REFUSALS = {
     "wrong tokenizer": ("pretrain", lambda t, w: {"data": other_tokens(t), "init_from": str(w / "base"), **dict.fromkeys(
         ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "max_seq_len"))}, "another tokenizer"),
     "shape against init_from": ("pretrain", lambda t, w: {"init_from": str(w / "base"), "dim": 64}, "--dim 64: the shape comes from --init_from"),
-    "impossible heads": ("pretrain", lambda t, w: {"dim": 30}, "not divisible"),
+    "impossible heads": ("pretrain", lambda t, w: {"dim": 30}, "n_heads"),
+    "no heads": ("pretrain", lambda t, w: {"n_heads": 0}, "n_heads"),
     "impossible attention": ("pretrain", lambda t, w: {"attention": "flash"}, "attention must be"),
     "vocabulary too small": ("pretrain", lambda t, w: {"vocab_size": 100}, "smaller than the tokenizer"),
     "unknown rows": ("pretrain", lambda t, w: {"rows": "lines"}, "--rows lines is unknown"),

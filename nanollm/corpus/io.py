@@ -8,6 +8,7 @@ fetched by its number, so nothing needs the whole corpus in memory.
 import gzip
 import io
 import json
+import os
 import re
 import sys
 import zlib
@@ -30,6 +31,11 @@ def kind(path):
     """The extension that decides the reader: ".jsonl" for books.jsonl and books.jsonl.gz."""
     path = Path(path)
     return (Path(path.stem) if path.suffix.lower() == ".gz" else path).suffix.lower()
+
+
+def shown(path):
+    """A path as it is written into our files: forward slashes, and real characters where the locale knows none (C)."""
+    return os.fsencode(Path(path).as_posix()).decode("utf-8", "replace")
 
 
 def find_files(paths, exclude):
@@ -192,7 +198,7 @@ def read_documents(separators, quarantine):
     sizes = {path: path.stat().st_size for path in separators}
     bar, done = progress(total=sum(sizes.values()), unit="B", unit_scale=True, desc="clean"), 0
     for path, sep in separators.items():
-        file, good = path.as_posix(), 0
+        file, good = shown(path), 0
         raw, stream = open_bytes(path)
         reader = {".parquet": read_parquet, ".json": read_json, ".jsonl": read_jsonl}.get(kind(path))
         rows = reader(stream, file, quarantine) if reader else read_txt(stream, file, sep, quarantine)

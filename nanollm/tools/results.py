@@ -15,17 +15,19 @@ from nanollm.log import clock
 from nanollm.report import get, read_json, read_lines, show
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-ROWS = [  # key, English, Chinese, the known truth beside it ({key} is looked up)
+ROWS = [  # key, English, Chinese, the known truth beside it in both ({key} is looked up)
     ("clean.dropped", "cleaning: documents dropped", "清洗：丢弃的文档", "{clean.planted} planted", "埋入 {clean.planted} 篇"),
-    ("dedup.removed", "deduplication: documents removed", "去重：删除的文档", "{dedup.planted} planted", "埋入 {dedup.planted} 篇"),
+    ("dedup.removed", "deduplication: documents removed", "去重：删除的文档", "{dedup.planted} planted",
+     "埋入 {dedup.planted} 篇"),
     ("tokenizer.bytes_per_token", "tokenizer: bytes per token", "分词器：每词元字节数", "", ""),
-    ("pretrain.val_loss", "pretraining: validation loss, nats a token", "预训练：验证损失（nat/词元）",
+    ("pretrain.val_loss", "pretraining: validation loss, nats a token", "预训练：验证损失，nat/词元",
      "entropy floor {pretrain.entropy_floor}", "熵下界 {pretrain.entropy_floor}"),
     ("pretrain.bits_per_byte", "pretraining: bits per byte", "预训练：每字节比特数", "", ""),
     ("sft.exact_match", "SFT: exact match, held-out questions", "SFT：未见问题的完全匹配率", "1", "1"),
     ("sft.stop_rate", "SFT: answers that end by themselves", "SFT：自行结束的回答比例", "1", "1"),
     ("rm.accuracy", "reward model: accuracy, held-out pairs", "奖励模型：未见偏好对的准确率", "chance 0.5", "随机 0.5"),
-    ("dpo.win_rate", "DPO: win rate against the SFT model", "DPO：对 SFT 模型的胜率", "before: {dpo.win_rate_before}", "训练前 {dpo.win_rate_before}"),
+    ("dpo.win_rate", "DPO: win rate against the SFT model", "DPO：对 SFT 模型的胜率",
+     "itself {dpo.win_rate_before}", "它自己 {dpo.win_rate_before}"),
     ("mc.accuracy", "multiple choice: accuracy", "选择题：准确率", "chance {mc.chance}", "随机 {mc.chance}"),
 ]
 
@@ -52,24 +54,22 @@ def table(run_dir, chinese):
         raise UserError(f"--run_dir: {run_dir / 'report.json'} is not there; `bash runs/speedrun.sh` makes it")
     stages = {s["stage"]: s for s in read_lines(run_dir / "stages.jsonl")}           # the last try of a stage counts
     metrics = [row for row in read_lines(run_dir / "pretrain" / "metrics.jsonl") if "tokens" in row]
-    seconds = {name: s["seconds"] for name, s in stages.items()}
+    last = metrics[-1] if metrics else {"step": 0, "tokens": 0}
     peak = max((s.get("peak_rss_mb") or 0 for s in stages.values()), default=0)
     number = lambda key: show(get(report, key))
     lines = ["| 项目 | 结果 | 真值 |" if chinese else "| what | result | known truth |", "|---|---|---|"]
     for key, en, zh, truth_en, truth_zh in ROWS:
         truth = re.sub(r"{([\w.]+)}", lambda m: number(m[1]), truth_zh if chinese else truth_en)
-        loss, floor = get(report, "pretrain.val_loss"), get(report, "pretrain.entropy_floor")
-        if key == "pretrain.val_loss" and loss and floor:
-            truth += f" ({100 * (loss / floor - 1):+.1f} %)"
+        if key == "pretrain.val_loss" and (floor := get(report, "pretrain.entropy_floor")):
+            truth += f" ({100 * (get(report, key) / floor - 1):+.1f} %)"
         lines.append(f"| {zh if chinese else en} | {number(key)} | {truth} |")
-    trained = f"{metrics[-1]['step']:,} updates, {metrics[-1]['tokens']:,} tokens" if metrics else "–"
-    if chinese:
-        trained = trained.replace(" updates, ", " 次更新、").replace(" tokens", " 个词元")
-    date = time.strftime("%Y-%m-%d", time.localtime((run_dir / "report.json").stat().st_mtime))
-    facts = [("total", "合计", clock(sum(seconds.values()))), ("peak memory", "内存峰值", f"{peak:,.0f} MB"),
-             ("pretraining", "预训练", trained), ("machine", "机器", f"{cpu_model()}; {report['machine']}"), ("date", "日期", date)]
-    by_stage = " · ".join(f"{name} {clock(s)}" for name, s in seconds.items())
-    return [*lines, "", " · ".join(f"{zh if chinese else en}{'：' if chinese else ': '}{value}" for en, zh, value in facts), "", by_stage]
+    names, words = (("合计", "内存峰值", "预训练", "机器", "日期"), "{:,} 次更新、{:,} 个词元") if chinese else (
+        ("total", "peak memory", "pretraining", "machine", "date"), "{:,} updates, {:,} tokens")
+    written = time.localtime((run_dir / "report.json").stat().st_mtime)
+    facts = (clock(sum(s["seconds"] for s in stages.values())), f"{peak:,.0f} MB", words.format(last["step"], last["tokens"]),
+             f"{cpu_model()}; {report['machine']}", time.strftime("%Y-%m-%d", written))
+    return [*lines, "", " · ".join(f"{name} {fact}" for name, fact in zip(names, facts)), "",
+            " · ".join(f"{name} {clock(s['seconds'])}" for name, s in stages.items())]
 
 
 def main(cfg):
@@ -78,10 +78,11 @@ def main(cfg):
             text = path.read_text(encoding="utf-8")
         except OSError as e:
             raise UserError(f"--readme: cannot read {path}: {e.strerror}") from None
-        if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
             raise UserError(f"--readme: {path} needs the line {BEGIN} and after it {END}, once each")
         body = "\n".join(table(cfg.run_dir, path.stem.endswith("_zh")))
-        path.write_text(text[: text.index(BEGIN) + len(BEGIN)] + f"\n{body}\n" + text[text.index(END) :], encoding="utf-8")
+        head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+        path.write_text(f"{head}\n{body}\n{tail}", encoding="utf-8")
         print(f"{path}: results of {cfg.run_dir} written")
 
 
