@@ -14,7 +14,7 @@ import torch
 
 from nanollm import checkpoint, dist, evaluation
 from nanollm.config import UserError, arg, run
-from nanollm.data import Sampler, TokenFile, tokenizer_of
+from nanollm.data import Sampler, TokenFile, permute, tokenizer_of
 from nanollm.log import Logger
 from nanollm.losses import IGNORE_INDEX, cross_entropy
 from nanollm.model import ModelArgs, Transformer, flops_per_token, parameter_count
@@ -78,7 +78,8 @@ def validate(model, val, ctx, autocast, cfg):
     """Mean loss over the validation split, its batches spread over the ranks, and bits per UTF-8 byte of text,
     which, unlike loss per token, can be compared between tokenizers."""
     total = torch.zeros(2, device=ctx.device)
-    batches = [range(i, min(i + cfg.batch_size, len(val))) for i in range(0, len(val), cfg.batch_size)]
+    order = permute(range(len(val)), len(val), key=0)        # the first --eval_batches must be a fair sample of the split
+    batches = [order[i : i + cfg.batch_size] for i in range(0, len(val), cfg.batch_size)]
     model.eval()
     for batch in batches[: cfg.eval_batches or None][ctx.rank :: ctx.world_size]:
         inputs, targets, segments = (t if t is None else t.to(ctx.device) for t in val.batch(batch))

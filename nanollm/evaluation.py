@@ -76,7 +76,7 @@ def lm_loss(model, tok, data, max_tokens=0):
     total = text_nats = tokens = n_bytes = 0
     size = [len(tok.token_bytes(i)) for i in range(tok.vocab_size)]
     stream = pieces(data, tok, model.args.max_seq_len)
-    while (part := list(itertools.islice(stream, 512))) and not (max_tokens and tokens >= max_tokens):
+    while (part := list(itertools.islice(stream, 128))) and not (max_tokens and tokens >= max_tokens):
         for (_, ids), nll in zip(part, continuation_losses(model, part)):
             weight = torch.tensor([size[t] for t in ids])
             total, tokens = total + nll.sum().item(), tokens + len(ids)

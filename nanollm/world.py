@@ -169,26 +169,26 @@ def opening_en(w, title=False):
     w.line(". {N} has a ", N=N)
     w.choose(list(COLOURS), "pet_colour")
     w.fix(" ")
-    pet = choose_or_copy(w, pets_of(N), "pet")
+    choose_or_copy(w, pets_of(N), "pet")
     w.fix(" called ")
     P = w.choose(PET_NAMES["en"], "pet_name")
     w.fix(". One ")
     w.choose(list(WEATHER))
     w.line(" day {N} finds a ", N=N)
-    colour = w.choose([c for c in COLOURS if c != w.choices["pet_colour"]], "colour")
+    w.choose([c for c in COLOURS if c != w.choices["pet_colour"]], "colour")
     w.fix(" ")
-    obj = w.choose(objects_of(N), "object")
+    w.choose(objects_of(N), "object")
     w.fix(" at the ")
     w.choose([p for p in PLACES if p != w.choices["home"]], "place")
     w.fix(".")
-    return N, pet, P, colour, obj
+    return N, P
 
 
 EVENTS_EN = [" Then ", " Soon ", " After that ", " Later ", " But ", " In a box "]
 
 
 def story_en(w, least=2, most=5, title=True):
-    N, pet, P, colour, obj = opening_en(w, title)
+    N, P = opening_en(w, title)
     left, END = list(EVENTS_EN), " At last "
     for n in range(most + 1):
         event = w.choose((left if n < most else []) + ([END] if n >= least else []))
@@ -207,23 +207,29 @@ def story_en(w, least=2, most=5, title=True):
             w.fix("s.")
         elif event == " Soon ":
             F = w.choose([f for f in NAMES["en"] if f != N])
-            w.line(" comes and asks: is this your {c} {o}? {N} says: yes, {F}, it is my {o}.", c=colour, o=obj, N=N, F=F)
+            w.fix(" comes with a ")
+            c = w.choose(list(COLOURS))
+            w.fix(" ")
+            o = w.choose(list(OBJECTS))
+            w.line(". {N} asks: is this your {o}, {F}? {F} says: yes, it is my {c} {o}.", N=N, o=o, F=F, c=c)
         elif event == " After that ":
-            w.line("{P} hides the {c} {o} at the ", P=P, c=colour, o=obj)
+            w.line("{P} hides a ", P=P)
+            o = w.choose(list(OBJECTS))
+            w.fix(" at the ")
             place = w.choose(list(PLACES))
-            w.line(". {N} looks for the {o} and finds it at the {p}.", N=N, o=obj, p=place)
+            w.line(". {N} looks for the {o} and finds the {o} at the {p}.", N=N, o=o, p=place)
         elif event == " Later ":
             w.line("{N} gives {P} ", N=N, P=P)
             n_food = w.choose(DIGITS[1:])
             w.fix(" ")
             food = w.choose(list(FOODS))
-            w.line("s, and the {t} eats all {n} {f}s.", t=pet, n=n_food, f=food)
+            w.line("s, and {P} eats all {n} {f}s.", P=P, n=n_food, f=food)
         elif event == " But ":
             w.line("{P} is ", P=P)
             mood = w.choose(list(MOODS))
-            w.line(". {N} says: do not be {m}, {P}.", N=N, m=mood, P=P)
+            w.line(". {N} asks: why are you {m}, {P}?", N=N, m=mood, P=P)
         else:
-            w.line("{N} finds ", N=N)
+            w.line("{N} sees ", N=N)
             for last in (False, False, True):
                 w.choose(DIGITS[1:])
                 w.fix(" ")
@@ -231,7 +237,7 @@ def story_en(w, least=2, most=5, title=True):
                 w.fix(" ")
                 w.choose(list(OBJECTS))
                 w.fix("s." if last else "s and ")
-    w.line("{N}, {P} and the {o} are home, and {N} is ", N=N, P=P, o=obj)
+    w.line("{N} and {P} go home, and {N} is ", N=N, P=P)
     w.choose(list(MOODS))
     w.fix(".")
 
@@ -253,7 +259,7 @@ def opening_zh(w, title=False):
     w.line("{N}有一只", N=N)
     w.choose(zh(COLOURS), "pet_colour")
     w.fix("的")
-    pet = choose_or_copy(w, pets_of(N), "pet")
+    choose_or_copy(w, pets_of(N), "pet")
     w.fix("，名字叫")
     P = w.choose(PET_NAMES["zh"], "pet_name")
     w.fix("。一个")
@@ -261,10 +267,10 @@ def opening_zh(w, title=False):
     w.line("天，{N}在", N=N)
     w.choose([p for p in zh(PLACES) if p != w.choices["home"]], "place")
     w.fix("找到了一个")
-    colour = w.choose([c for c in zh(COLOURS) if c != w.choices["pet_colour"]], "colour")
+    w.choose([c for c in zh(COLOURS) if c != w.choices["pet_colour"]], "colour")
     w.fix("的")
-    obj = w.choose(objects_of(N), "object", "。")
-    return N, pet, P, colour, obj
+    w.choose(objects_of(N), "object", "。")
+    return N, P
 
 
 EVENTS_ZH = ["然后", "不久，", "后来", "接着", "可是", "在箱子里，"]
@@ -272,7 +278,7 @@ EVENTS_ZH = ["然后", "不久，", "后来", "接着", "可是", "在箱子里�
 
 def story_zh(w, least=2, most=5, title=True):
     zh = lambda table: list(table.values())
-    N, pet, P, colour, obj = opening_zh(w, title)
+    N, P = opening_zh(w, title)
     left, END = list(EVENTS_ZH), "最后，"
     for n in range(most + 1):
         event = w.choose((left if n < most else []) + ([END] if n >= least else []))
@@ -290,21 +296,27 @@ def story_zh(w, least=2, most=5, title=True):
             w.choose(zh(PETS), "", "。")
         elif event == "不久，":
             F = w.choose([f for f in NAMES["zh"] if f != N])
-            w.line("来了，问：这是你的{c}的{o}吗？{N}说：是的，{F}，这是我的{o}。", c=colour, o=obj, N=N, F=F)
+            w.fix("拿来一个")
+            c = w.choose(zh(COLOURS))
+            w.fix("的")
+            o = w.choose(zh(OBJECTS), "", "。")
+            w.line("{N}问：{F}，这是你的{o}吗？{F}说：是的，这是我的{c}的{o}。", N=N, F=F, o=o, c=c)
         elif event == "后来":
-            w.line("{P}把{c}的{o}藏在", P=P, c=colour, o=obj)
+            w.line("{P}把", P=P)
+            o = w.choose(zh(OBJECTS))
+            w.fix("藏在")
             place = w.choose(zh(PLACES), "", "。")
-            w.line("{N}去找{o}，在{p}找到了它。", N=N, o=obj, p=place)
+            w.line("{N}去找{o}，在{p}找到了{o}。", N=N, o=o, p=place)
         elif event == "接着":
             w.line("{N}给了{P}", N=N, P=P)
             n_food = w.choose(DIGITS[1:])
             w.fix("个")
             food = w.choose(zh(FOODS), "", "，")
-            w.line("这只{t}把{n}个{f}都吃了。", t=pet, n=n_food, f=food)
+            w.line("{P}把{n}个{f}都吃了。", P=P, n=n_food, f=food)
         elif event == "可是":
             w.line("{P}很", P=P)
             mood = w.choose(zh(MOODS), "", "。")
-            w.line("{N}说：{P}，不要{m}。", N=N, m=mood, P=P)
+            w.line("{N}问：{P}，你为什么{m}？", N=N, m=mood, P=P)
         else:
             w.line("{N}看见了", N=N)
             for last in (False, False, True):
@@ -313,7 +325,7 @@ def story_zh(w, least=2, most=5, title=True):
                 w.choose(zh(COLOURS))
                 w.fix("的")
                 w.choose(zh(OBJECTS), "", "。" if last else "和")
-    w.line("{N}、{P}和{o}都回家了，{N}很", N=N, P=P, o=obj)
+    w.line("{N}和{P}回家了，{N}很", N=N, P=P)
     w.choose(zh(MOODS), "", "。")
 
 
@@ -517,6 +529,8 @@ def parse(text, held=False):
 POLITE = {"en": ["Sure! ", "Of course! "], "zh": ["好的！", "当然！"]}
 RUDE = {"en": ["Why ask me? ", "How silly. "], "zh": ["问我干什么？", "真笨。"]}
 
+# lists of words that can stand for each other: a wrong answer should be wrong, not absurd
+ALIKE = [{"en": list(table), "zh": list(table.values())} for table in (PLACES, PETS, COLOURS, OBJECTS)] + [PET_NAMES]
 WRITE = {"en": ["Write a story about {N} and a {pet}.", "Tell me a story about {N} and a {pet}."],
          "zh": ["请写一个关于{N}和{pet}的故事。", "给我讲一个{N}和{pet}的故事。"]}
 
@@ -538,8 +552,9 @@ def exercise(rng, task, lang, held):
     if task == "sum":
         wrong = str(int(x) + rng.choice((-1, 1, 2)))
     else:
-        everything = table if task == "about" else questions(task, lang, False)
-        wrong = rng.choice([other for _, _, other in everything if other != x])
+        words = ([table_of[lang] for table_of in ALIKE if x in table_of[lang]][0] if task == "about" else
+                 [other for _, _, other in questions(task, lang, False)])
+        wrong = rng.choice([other for other in words if other != x])
     return story + question, full.replace("{x}", x), x + STOP[lang], full.replace("{x}", wrong), {}
 
 
