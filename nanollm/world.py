@@ -152,7 +152,7 @@ def opening_en(w, title=False):
     _, objects_of = people(w, "en", "object", list(OBJECTS))
     names = [n for n in NAMES["en"] if pets_of(n) and objects_of(n)]
     starts = ["This is ", "Near the ", "Once upon a time "]
-    start = w.choose(starts + ["A story about "] * title)
+    start = w.choose(starts + ["A story about "] * title, "title")
     if start == "A story about ":
         N = w.choose(names, "name")
         w.fix(" and a ")
@@ -167,19 +167,17 @@ def opening_en(w, title=False):
         w.line(". {N} lives near the " if start == "This is " else " lived near the ", N=N)
         w.choose(list(PLACES), "home")
     w.line(". {N} has a ", N=N)
-    w.choose(list(COLOURS), "pet_colour")
-    w.fix(" ")
-    choose_or_copy(w, pets_of(N), "pet")
+    pet = choose_or_copy(w, pets_of(N), "pet")
     w.fix(" called ")
     P = w.choose(PET_NAMES["en"], "pet_name")
+    w.line(". The {t} is ", t=pet)
+    w.choose(list(COLOURS), "pet_colour")
     w.fix(". One ")
     w.choose(list(WEATHER))
     w.line(" day {N} finds a ", N=N)
-    w.choose([c for c in COLOURS if c != w.choices["pet_colour"]], "colour")
-    w.fix(" ")
-    w.choose(objects_of(N), "object")
-    w.fix(" at the ")
-    w.choose([p for p in PLACES if p != w.choices["home"]], "place")
+    obj = w.choose(objects_of(N), "object")
+    w.line(". The {o} is ", o=obj)
+    w.choose(list(COLOURS), "colour")
     w.fix(".")
     return N, P
 
@@ -248,7 +246,7 @@ def opening_zh(w, title=False):
     _, objects_of = people(w, "zh", "object", zh(OBJECTS))
     names = [n for n in NAMES["zh"] if pets_of(n) and objects_of(n)]
     starts = ["这是", "从前，", "有一个孩子叫"]
-    start = w.choose(starts + ["故事："] * title)
+    start = w.choose(starts + ["故事："] * title, "title")
     if start == "故事：":
         N = w.choose(names, "name", "和")
         w.choose(pets_of(N), "pet", "。")
@@ -257,19 +255,18 @@ def opening_zh(w, title=False):
     w.line("。{N}住在", N=N) if start == "这是" else w.fix("住在")
     w.choose(zh(PLACES), "home", "。")
     w.line("{N}有一只", N=N)
-    w.choose(zh(COLOURS), "pet_colour")
-    w.fix("的")
-    choose_or_copy(w, pets_of(N), "pet")
+    pet = choose_or_copy(w, pets_of(N), "pet")
     w.fix("，名字叫")
     P = w.choose(PET_NAMES["zh"], "pet_name")
-    w.fix("。一个")
+    w.line("。{t}是", t=pet)
+    w.choose(zh(COLOURS), "pet_colour")
+    w.fix("的。一个")
     w.choose(zh(WEATHER))
-    w.line("天，{N}在", N=N)
-    w.choose([p for p in zh(PLACES) if p != w.choices["home"]], "place")
-    w.fix("找到了一个")
-    w.choose([c for c in zh(COLOURS) if c != w.choices["pet_colour"]], "colour")
-    w.fix("的")
-    w.choose(objects_of(N), "object", "。")
+    w.line("天，{N}找到了一个", N=N)
+    obj = w.choose(objects_of(N), "object", "。")
+    w.line("{o}是", o=obj)
+    w.choose(zh(COLOURS), "colour")
+    w.fix("的。")
     return N, P
 
 
@@ -348,7 +345,7 @@ def count(a, b, comma):
 def facts_en(w, least=6, most=10):
     END, space = "That is all.", ""
     for n in range(most + 1):
-        kinds = ["The sum of ", "The opposite of ", "The colour of ", "In Chinese ", "From "] if n < most else []
+        kinds = ["The sum of ", "The opposite of ", "The colour of ", "The Chinese for ", "From "] if n < most else []
         kind = w.choose(kinds + ([END] if n >= least else []))
         if kind == END:
             break
@@ -359,7 +356,7 @@ def facts_en(w, least=6, most=10):
             a, b = pair_of(w, "count", " to ")
             w.line(" we count {l}. ", l=count(a, b, ", "))
         else:
-            table = {"The opposite of ": both_ways("en"), "The colour of ": THINGS["en"], "In Chinese ": DICTIONARY}[kind]
+            table = {"The opposite of ": both_ways("en"), "The colour of ": THINGS["en"], "The Chinese for ": DICTIONARY}[kind]
             word = w.choose(list(table), "", " is ")
             w.line("{x}. ", x=table[word])
 
@@ -393,7 +390,7 @@ def both_ways(lang):
 
 # task -> language -> (questions, full answer); the curt answer is {x} alone.
 TASKS = {
-    "sum": {"en": (["What is {a} plus {b}?", "Add {a} and {b}."], "The sum of {a} and {b} is {x}."),
+    "sum": {"en": (["What is the sum of {a} and {b}?", "Tell me the sum of {a} and {b}."], "The sum of {a} and {b} is {x}."),
             "zh": (["{a}加{b}等于几？", "请算一算{a}加{b}。"], "{a}加{b}等于{x}。")},
     "opposite": {"en": (["What is the opposite of {w}?", "Tell me the opposite of {w}."],
                         "The opposite of {w} is {x}."),
@@ -403,16 +400,16 @@ TASKS = {
     "count": {"en": (["Count from {a} to {b}.", "Can you count from {a} to {b}?"],
                      "From {a} to {b} we count {x}."),
               "zh": (["请从{a}数到{b}。", "你会从{a}数到{b}吗？"], "从{a}数到{b}：{x}。")},
-    "translate": {"en": (["What is {w} in Chinese?", "Translate {w} into Chinese."], "In Chinese {w} is {x}."),
+    "translate": {"en": (["What is the Chinese for {w}?", "Tell me the Chinese for {w}."], "The Chinese for {w} is {x}."),
                   "zh": (["{w}的英文是什么？", "请把{w}翻译成英文。"], "{w}的英文是{x}。")},
 }
 # about a story just told: what is asked -> question, full answer; the curt answer is {x} alone
-ABOUT = {"en": {"home": ("Where does {N} live?", "{N} lives near the {x}."), "pet": ("What pet does {N} have?", "{N} has a {x}."),
-                "pet_name": ("What is the {pet} called?", "The {pet} is called {x}."), "colour": ("What colour is the {object}?", "The {object} is {x}."),
-                "object": ("What does {N} find?", "{N} finds a {x}."), "place": ("Where is the {object}?", "The {object} is at the {x}.")},
-         "zh": {"home": ("{N}住在哪里？", "{N}住在{x}。"), "pet": ("{N}有一只什么？", "{N}有一只{x}。"),
-                "pet_name": ("这只{pet}叫什么名字？", "这只{pet}叫{x}。"), "colour": ("{object}是什么颜色的？", "{object}是{x}的。"),
-                "object": ("{N}找到了什么？", "{N}找到了{x}。"), "place": ("{object}在哪里？", "{object}在{x}。")}}
+ABOUT = {"en": {"home": ("Where does {name} live?", "{name} lives near the {x}."), "pet": ("What pet does {name} have?", "{name} has a {x}."),
+                "pet_name": ("What is the {pet} called?", "The {pet} is called {x}."), "pet_colour": ("What colour is the {pet}?", "The {pet} is {x}."),
+                "object": ("What does {name} find?", "{name} finds a {x}."), "colour": ("What colour is the {object}?", "The {object} is {x}.")},
+         "zh": {"home": ("{name}住在哪里？", "{name}住在{x}。"), "pet": ("{name}有一只什么？", "{name}有一只{x}。"),
+                "pet_name": ("{pet}叫什么名字？", "{pet}名字叫{x}。"), "pet_colour": ("{pet}是什么颜色的？", "{pet}是{x}的。"),
+                "object": ("{name}找到了什么？", "{name}找到了一个{x}。"), "colour": ("{object}是什么颜色的？", "{object}是{x}的。")}}
 STOP = {"en": ".", "zh": "。"}
 
 
@@ -435,8 +432,7 @@ def questions(task, lang, held=False):
 
 def about(w, lang):
     """The questions about the story that w has told: [(question, full answer with {x}, x)]."""
-    slots = w.choices | {"N": w.choices["name"]}
-    return [(ask.format(**slots), full.format(**slots | {"x": "{x}"}), slots[key]) for key, (ask, full) in ABOUT[lang].items()]
+    return [(ask.format(**w.choices), full.format(**w.choices, x="{x}"), w.choices[key]) for key, (ask, full) in ABOUT[lang].items()]
 
 
 def ask_and_answer(w, lang, table, least, most):
@@ -480,10 +476,45 @@ def reading_zh(w):
     ask_and_answer(w, "zh", about(w, "zh"), 2, 4)
 
 
-GRAMMAR = {"story_en": story_en, "story_zh": story_zh, "facts_en": facts_en, "facts_zh": facts_zh,
-           "lesson_en": lesson_en, "lesson_zh": lesson_zh, "reading_en": reading_en, "reading_zh": reading_zh}
-SHARE = {"story_en": 0.22, "story_zh": 0.18, "facts_en": 0.1, "facts_zh": 0.1,
-         "lesson_en": 0.12, "lesson_zh": 0.1, "reading_en": 0.09, "reading_zh": 0.09}
+def game_en(w):
+    w.fix("Game: ")
+    first = w.choose(NAMES["en"])
+    w.fix(" and ")
+    second = w.choose([n for n in NAMES["en"] if n != first])
+    w.fix(" play. ")
+    for n in range(5):
+        if w.choose(([first] if n < 4 else []) + (["Good."] if n > 1 else [])) == "Good.":
+            break
+        w.fix(" says: ")
+        words = [w.choose(list(DICTIONARY))]
+        while w.choose([".", ","][: 2 if len(words) < 3 else 1]) == ",":
+            w.fix(" ")
+            words.append(w.choose(list(DICTIONARY)))
+        w.line(" {b} says: {x}. ", b=second, x=", ".join(words))
+
+
+def game_zh(w):
+    w.fix("游戏：")
+    first = w.choose(NAMES["zh"], "", "和")
+    second = w.choose([n for n in NAMES["zh"] if n != first])
+    w.fix("在玩。")
+    for n in range(5):
+        if w.choose(([first] if n < 4 else []) + (["很好。"] if n > 1 else [])) == "很好。":
+            break
+        w.fix("说：")
+        words, more = [], True
+        while more:
+            pieces = [x + end for x in DICTIONARY.values() for end in ("。、" if len(words) < 2 else "。")]
+            word = w.choose(pieces)
+            more = word[-1] == "、"
+            words.append(word)
+        w.line("{b}说：{x}", b=second, x="".join(words))
+
+
+GRAMMAR = {"story_en": story_en, "story_zh": story_zh, "facts_en": facts_en, "facts_zh": facts_zh, "lesson_en": lesson_en,
+           "lesson_zh": lesson_zh, "reading_en": reading_en, "reading_zh": reading_zh, "game_en": game_en, "game_zh": game_zh}
+SHARE = {"story_en": 0.22, "story_zh": 0.18, "facts_en": 0.10, "facts_zh": 0.09, "lesson_en": 0.10, "lesson_zh": 0.09,
+         "reading_en": 0.08, "reading_zh": 0.06, "game_en": 0.05, "game_zh": 0.03}
 
 
 @dataclass
@@ -540,7 +571,8 @@ def exercise(rng, task, lang, held):
     A story has no curt and no wrong answer; it must be about the name and the pet in `must`."""
     w, story = Writer(rng, held), ""
     if task == "story":
-        (story_en if lang == "en" else story_zh)(w, 1, 2, False)
+        w.forced["title"] = {"en": "A story about ", "zh": "故事："}[lang]
+        (story_en if lang == "en" else story_zh)(w, 1, 2)
         must = {key: w.choices[key] for key in ("name", "pet")}
         return rng.choice(WRITE[lang]).format(N=must["name"], pet=must["pet"]), w.text, None, None, must
     if task == "about":

@@ -61,7 +61,7 @@ def learn_merges(counts, n_merges, min_count=2):
     """
     by_rank = sorted(range(256), key=BYTE_CHAR.get)                    # rank -> byte
     rank = np.argsort(by_rank).astype(np.int32)                        # byte -> rank
-    pieces = sorted(counts)                                            # the result does not depend on the order read
+    pieces = list(counts)                                              # in any order: ties leave nothing to chance
     # all pieces in one array with 0xff, which UTF-8 never contains, as walls of token -1 between them
     flat = np.frombuffer(b"\xff" + b"".join(p.encode("utf-8") + b"\xff" for p in pieces), dtype=np.uint8)
     wall = flat == 0xFF

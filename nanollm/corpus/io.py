@@ -41,7 +41,7 @@ def shown(path):
 def find_files(paths, exclude):
     """Files and directories -> (readable files, [(skipped file, why)]), in the order given and sorted inside a
     directory; the order decides which of two duplicates is the first. `exclude` is our own output directory, which may
-    lie inside an input directory. Raises UserError for a path that does not exist, or if nothing is left."""
+    lie inside an input directory; a file named by itself is read wherever it lies. Raises UserError for a path that does not exist, or if nothing is left."""
     files, skipped, seen = [], [], set()
     for path in map(Path, paths):
         if not path.exists():
@@ -50,7 +50,7 @@ def find_files(paths, exclude):
             if file.resolve() in seen:
                 continue
             seen.add(file.resolve())
-            why = ("lies in --out, our own output" if Path(exclude).resolve() in file.resolve().parents else
+            why = ("lies in --out, our own output" if path.is_dir() and Path(exclude).resolve() in file.resolve().parents else
                    f"unknown extension (known: {' '.join(KINDS)}, each also .gz)" if kind(file) not in KINDS else
                    "empty file" if file.stat().st_size == 0 else None)
             skipped.append((file, why)) if why else files.append(file)

@@ -49,8 +49,7 @@ def cpu_model():
 def table(run_dir, chinese):
     """The lines between the markers."""
     run_dir = Path(run_dir)
-    report = read_json(run_dir / "report.json")
-    if not report:
+    if not (report := read_json(run_dir / "report.json")):
         raise UserError(f"--run_dir: {run_dir / 'report.json'} is not there; `bash runs/speedrun.sh` makes it")
     stages = {s["stage"]: s for s in read_lines(run_dir / "stages.jsonl")}           # the last try of a stage counts
     metrics = [row for row in read_lines(run_dir / "pretrain" / "metrics.jsonl") if "tokens" in row]
@@ -65,9 +64,9 @@ def table(run_dir, chinese):
         lines.append(f"| {zh if chinese else en} | {number(key)} | {truth} |")
     names, words = (("合计", "内存峰值", "预训练", "机器", "日期"), "{:,} 次更新、{:,} 个词元") if chinese else (
         ("total", "peak memory", "pretraining", "machine", "date"), "{:,} updates, {:,} tokens")
-    written = time.localtime((run_dir / "report.json").stat().st_mtime)
-    facts = (clock(sum(s["seconds"] for s in stages.values())), f"{peak:,.0f} MB", words.format(last["step"], last["tokens"]),
-             f"{cpu_model()}; {report['machine']}", time.strftime("%Y-%m-%d", written))
+    day = time.strftime("%Y-%m-%d", time.localtime((run_dir / "report.json").stat().st_mtime))
+    facts = (clock(sum(s["seconds"] for s in stages.values())), f"{peak:,.0f} MB",
+             words.format(last["step"], last["tokens"]), f"{cpu_model()}; {report['machine']}", day)
     return [*lines, "", " · ".join(f"{name} {fact}" for name, fact in zip(names, facts)), "",
             " · ".join(f"{name} {clock(s['seconds'])}" for name, s in stages.items())]
 
