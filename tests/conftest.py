@@ -166,7 +166,7 @@ def python(code, *args, env=None, log=None):
                             env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
 
 
-def run_ranks(call, out, n=2, timeout=300):
+def run_ranks(call, out, n=2, timeout=900):
     """Run `module.function(out)` (call = "module.function", a worker in tests/) in n gloo processes with torchrun's
     environment on a free port. Fails with the processes' output if one fails or hangs; none is left behind."""
     with socket.socket() as s:

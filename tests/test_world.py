@@ -113,7 +113,7 @@ def test_the_probabilities_of_all_documents_sum_to_one(kind, monkeypatch):
     what, full_grammar, all_questions = kind[:-3], world.GRAMMAR[kind], world.questions
     length = {"story": (1, 1), "facts": (0, 1)}.get(what, ())
     if what != "facts":
-        for name, n in dict(COLOURS=2, PETS=2, OBJECTS=2, PLACES=2, FOODS=2, MOODS=2, WEATHER=1).items():
+        for name, n in dict(COLOURS=1, PETS=2, OBJECTS=2, PLACES=2, FOODS=1, MOODS=1, WEATHER=1, DICTIONARY=1).items():
             monkeypatch.setattr(world, name, dict(list(getattr(world, name).items())[:n]))
         monkeypatch.setattr(world, "NAMES", {lang: names[:2 if what == "story" else 3] for lang, names in world.NAMES.items()})
         monkeypatch.setattr(world, "PET_NAMES", {lang: names[:1] for lang, names in world.PET_NAMES.items()})
@@ -162,13 +162,12 @@ def test_the_nats_of_a_story_equal_a_count_by_hand():
     names = [n for n in world.NAMES["en"] if free("pet", n, world.PETS) and free("object", n, world.OBJECTS)]
     name, pet, thing = next((n, p, o) for n in names for p in world.PETS for o in world.OBJECTS
                             if not world.held_out("pet", n, p) and not world.held_out("object", n, o))
-    text = (f"Near the lake lives {name}. {name} has a red {pet} called Max. One sunny day {name} finds a blue {thing} at the park. "
-            f"But Max is sad. {name} says: do not be sad, Max. "
-            f"After that Max hides the blue {thing} at the farm. {name} looks for the {thing} and finds it at the farm. "
-            f"At last {name}, Max and the {thing} are home, and {name} is happy.")
-    ways = [3, len(world.PLACES), len(names), len(world.COLOURS), free("pet", name, world.PETS), len(world.PET_NAMES["en"]),
-            len(world.WEATHER), len(world.COLOURS) - 1, free("object", name, world.OBJECTS), len(world.PLACES) - 1,
-            6, len(world.MOODS), 5, len(world.PLACES), 4 + 1, len(world.MOODS)]
+    text = (f"Near the lake lives {name}. {name} has a {pet} called Max. The {pet} is red. One sunny day {name} finds a {thing}. "
+            f"The {thing} is blue. But Max is sad. {name} asks: why are you sad, Max? After that Max hides a drum at the farm. "
+            f"{name} looks for the drum and finds the drum at the farm. At last {name} and Max go home, and {name} is happy.")
+    ways = [3 + 1, len(world.PLACES), len(names), free("pet", name, world.PETS), len(world.PET_NAMES["en"]), len(world.COLOURS),
+            len(world.WEATHER), free("object", name, world.OBJECTS), len(world.COLOURS),
+            6, len(world.MOODS), 5, len(world.OBJECTS), len(world.PLACES), 4 + 1, len(world.MOODS)]
     assert math.isclose(world.parse(text).nll, -math.log(world.SHARE["story_en"]) + sum(map(math.log, ways)), rel_tol=1e-12)
 
 
@@ -181,9 +180,10 @@ def test_one_word_copied_wrongly_makes_a_text_foreign():
     for doc, (start, end, _, _) in copies:
         other = rng.choice([p for p in pieces if p != doc.text[start:end]])
         assert world.parse(doc.text[:start] + other + doc.text[end:]) is None, (doc.text[start:end], other)
-    text = next(d.text for d in docs if d.kind == "story_en" and " is this your " in d.text)
-    colour = re.search(r"is this your (\w+) ", text)[1]
-    assert world.parse(text.replace(f"your {colour}", "your " + ("red" if colour != "red" else "blue"))) is None
+    colours = [(doc.text, s) for doc, s in copies if doc.text[s[0] : s[1]] in world.COLOURS]
+    for text, (start, end, _, _) in colours:                 # what a model gets wrong: another colour than the one before
+        assert not any(world.parse(text[:start] + c + text[end:]) for c in world.COLOURS if c != text[start:end])
+    assert len(colours) > 20
 
 
 def test_foreign_and_broken_texts_are_refused():
@@ -215,20 +215,21 @@ def all_questions():
                 for a, b in itertools.product(range(1, 10), range(1, 10)) if not words else ():
                     x = str(a + b) if task == "sum" else comma.join(map(str, range(a, b + 1)))
                     if task == "sum" or 2 <= b - a <= 5:
-                        found[ask.format(a=a, b=b)] = (task, str(a), str(b)), full.format(a=a, b=b, x=x)
+                        found[ask.format(a=a, b=b)] = (task, str(a), str(b)) if task == "sum" else (task, lang, f"{a}{b}", i), full.format(a=a, b=b, x=x)
     return found
 
 
 QUESTIONS = all_questions()
-STATEMENTS = {"pet": (r"(\w+) has a (?:\w+ )?(\w+)(?: called|\.)", r"(小.)有一只(?:.色的)?([^，。？]+?)(?:，名字叫|。)"),
-              "object": (r"(\w+) finds a (?:\w+ )?(\w+)(?: at the|\.)", r"(小.)(?:在[^。]+?)?找到了(?:一个.色的)?([^，。？]+?)。"),
-              "sum": (r"sum of (\d) and (\d) is", r"(\d)加(\d)等于\d"), "count": (r"From (\d) to (\d) we", r"从(\d)数到(\d)：")}
+STATEMENTS = {"pet": (r"(\w+) has a (\w+)(?: called|\.)", r"about (\w+) and a (\w+)\.", r"(小.)有一只([^，。？]+?)[，。]",
+                      r"(?:故事：|关于|讲一个)(小.)和([^，。？]+?)(?:的故事)?。"),
+              "object": (r"(\w+) finds a (\w+)\.", r"(小.)找到了一个([^，。？]+?)。"),
+              "sum": (r"sum of (\d) and (\d) is", r"(\d)加(\d)等于\d")}
 ITEMS = {"pet": {*world.PETS, *world.PETS.values()}, "object": {*world.OBJECTS, *world.OBJECTS.values()}}
 ASKED = re.compile(r"asks: (.+?[.?]) \w+ says: |问：(.+?[。？])小.说：")
 
 
 def combinations(text):
-    """What a text tells, read with patterns: who has which pet, who finds what, sums and counts; and which questions it asks."""
+    """What a text tells, read with patterns: who has which pet, who finds what, which sums; and which questions it asks."""
     found = [(kind, *pair) for kind, patterns in STATEMENTS.items() for p in patterns for pair in re.findall(p, text)
              if pair[1] in ITEMS.get(kind, pair)]
     return found + [QUESTIONS[q][0] for q in [text, *(en or zh for en, zh in ASKED.findall(text))] if q in QUESTIONS]
@@ -244,10 +245,10 @@ def test_documents_hold_no_held_out_combination(smoke, texts):
     for text in texts + [doc.text for doc in world.documents(1500, seed=5)]:
         seen.update(c[0] for c in combinations(text))
         assert clean(text)[1] or not any(held(text)), text
-    assert min(seen[k] for k in ("pet", "object", "sum", "count", "opposite", "colour", "translate")) > 100
+    assert min(seen[k] for k in ("pet", "object", "sum", "count", "opposite", "colour", "translate")) > 50
     for kind in world.GRAMMAR:                               # and the reader tells the two sides apart
         for doc in written(kind, 30, held=True):
-            assert all(held(doc.text)) and (held(doc.text) or kind[:5] == "facts")
+            assert all(held(doc.text)) and (held(doc.text) or kind[:5] in ("facts", "game_"))
             assert world.parse(doc.text, held=True).spans == doc.spans and (world.parse(doc.text) is None or not held(doc.text))
 
 
@@ -256,15 +257,14 @@ def test_about_one_combination_in_six_is_held_out_and_never_both_orders_of_a_sum
     D = world.DIGITS
     sums = [(a, b) for a in D for b in D if world.held_out("sum", a, b)]
     assert 8 <= len(sums) <= 20 and not {(b, a) for a, b in sums} & set(sums)
-    assert 2 <= sum(world.held_out("count", a, b) for a in D for b in D if 2 <= int(b) - int(a) <= 5) <= 10
     for lang, pets, objects in (("en", list(world.PETS), list(world.OBJECTS)), ("zh", list(world.PETS.values()), list(world.OBJECTS.values()))):
         for kind, items in (("pet", pets), ("object", objects)):
             share = [world.held_out(kind, n, i) for n in world.NAMES[lang] for i in items]
             assert 0.1 < sum(share) / len(share) < 0.24
     words = Counter(c[0] for c, _ in QUESTIONS.values() if len(c) == 4 and world.held_out(*c))
-    assert words.keys() == {"opposite", "colour", "translate"} and min(words.values()) > 5
-    learnt = {c[:3] for c, _ in QUESTIONS.values() if len(c) == 4 and not world.held_out(*c)}
-    assert len({c[:3] for c, _ in QUESTIONS.values() if len(c) == 4} - learnt) <= 3      # nearly every word is asked for in training
+    assert words.keys() == {"opposite", "colour", "count", "translate"} and min(words.values()) > 5
+    asked = {c[:3] for c, _ in QUESTIONS.values() if len(c) == 4}
+    assert len(asked - {c[:3] for c, _ in QUESTIONS.values() if not world.held_out(*c)}) < 0.06 * len(asked)     # of the others one form is learnt
 
 
 @pytest.mark.parametrize("make", [world.chat_rows, lambda n, split: world.preference_rows(n, split)], ids=["chat", "preferences"])
@@ -282,8 +282,9 @@ def test_training_rows_hold_no_held_out_combination_and_validation_rows_are_made
 
 def test_rejected_answers_of_the_training_pairs_hold_no_held_out_combination():
     """A wrong answer about a story must not be what a held-out story says: DPO would unlearn it."""
-    for row in world.preference_rows(1500, "train"):
-        assert not any(held(world.strip_manners(row["rejected"], row["lang"])[1])), row["rejected"]
+    for i in range(1500):
+        row = world.chat_row(random.Random(i), "about", held=False)
+        assert not any(held(row["wrong"])), row["wrong"]
 
 
 # --------------------------------------------------------------------------------------------- what was planted
@@ -413,19 +414,23 @@ def test_the_answers_of_the_rows_are_right_by_the_word_lists():
                 assert QUESTIONS[question["content"]][1].endswith(said.strip("。.") + world.STOP[row["lang"]])
 
 
+TOLD = {"en": re.compile(r"(?:near|Near) the (?P<home>\w+).*?(?P<name>\w+) has a (?P<pet>\w+) called (?P<pet_name>\w+)\. The (?P=pet) is "
+                         r"(?P<pet_colour>\w+)\. One \w+ day (?P=name) finds a (?P<object>\w+)\. The (?P=object) is (?P<colour>\w+)\."),
+        "zh": re.compile(r"住在(?P<home>.+?)。(?P<name>小.)有一只(?P<pet>.+?)，名字叫(?P<pet_name>.+?)。(?P=pet)是(?P<pet_colour>.+?)的。"
+                         r"一个.天，(?P=name)找到了一个(?P<object>.+?)。(?P=object)是(?P<colour>.+?)的。")}
+
+
 def test_answers_about_a_story_are_what_the_story_says():
-    """The asked fact read from the story with patterns of its own."""
-    en = {"live?": r"(?:near the|Near the) (\w+)", "have?": r"has a \w+ (\w+) called", "called?": r"called (\w+)\.",
-          "find?": r"finds a \w+ (\w+) at", "colour": r"finds a (\w+) \w+ at", "Where is": r"finds a \w+ \w+ at the (\w+)"}
-    zh = {"住在": r"住在(.+?)。", "有一只什么": r"有一只.+?色的(.+?)，名字", "叫什么": r"名字叫(.+?)。", "找到了什么": r"找到了一个.+?色的(.+?)。",
-          "颜色": r"找到了一个(.+?)的", "在哪里": r"天，小.在(.+?)找到"}
+    """The facts read from the story with a pattern: the question is one that they answer, and the answer is that fact."""
     seen = Counter()
     for row in world.chat_rows(1400, "val"):
         if row["task"] == "about":
             story, question = row["messages"][-2]["content"].split("\n")
-            key = next(k for k in (en if row["lang"] == "en" else zh) if k in question)
-            assert row["accept"][1][:-1] == re.search((en if row["lang"] == "en" else zh)[key], story)[1], (story, question)
-            seen[key] += 1
+            facts = TOLD[row["lang"]].search(story).groupdict()
+            keys = [k for k, (ask, _) in world.ABOUT[row["lang"]].items() if ask.format(**facts) == question]
+            assert len(keys) == 1 and row["accept"] == [row["answer"], facts[keys[0]] + world.STOP[row["lang"]]]
+            assert row["answer"] == world.ABOUT[row["lang"]][keys[0]][1].format(**facts, x=facts[keys[0]])
+            seen[row["lang"], keys[0]] += 1
     assert len(seen) == 12
 
 
@@ -437,17 +442,17 @@ def test_a_story_is_judged_by_reading_it():
         lang, must, answer = row["lang"], row["must"], row["answer"]
         question = row["messages"][-2]["content"]
         assert must["name"] in question and must["pet"] in question
-        opening = re.search(r" finds a (\w+) (\w+) at| ?找到了一个(.+?)的(.+?)。", answer)
-        colour, thing = (g for g in opening.groups() if g)
+        facts = TOLD[lang].search(answer).groupdict()
+        found = {"en": "finds a {0}. The {0} is", "zh": "找到了一个{0}。{0}是"}[lang]
         for other in world.OBJECTS if lang == "en" else world.OBJECTS.values():      # held out or not: nobody asked for an object
-            if other not in answer:
-                assert world.correct(row, re.sub(rf"(?<={colour} ){thing}\b|(?<=the ){thing}\b|(?<=my ){thing}\b" if lang == "en" else rf"(?<![图球]){thing}(?![馆球])",
-                                                 other, answer))
+            assert found.format(facts["object"]) in answer
+            assert world.correct(row, answer.replace(found.format(facts["object"]), found.format(other)))
         assert world.correct(row, world.POLITE[lang][0] + answer)
-        for text in [answer[:-1], answer.rsplit("At last" if lang == "en" else "最后，", 1)[0], answer + answer, answer.replace(colour, "mauve", 1), ""]:
+        for text in [answer[:-1], answer.rsplit("At last" if lang == "en" else "最后，", 1)[0], answer + answer, answer.replace(facts["colour"], "mauve", 1), ""]:
             assert not world.correct(row, text)
         wrong_name = next(n for n in world.NAMES[lang] if n not in answer)
-        assert not world.correct(row, answer.replace(must["name"], wrong_name)) and not world.correct(row, answer.replace(must["name"], wrong_name, 1))
+        for times in (-1, 1):
+            assert not world.correct(row, answer.replace(must["name"], wrong_name, times))
         w = world.Writer(random.Random(f"long {i}"), False)
         STORY[lang](w, 5, 5)
         asked = {**row, "must": {"name": w.choices["name"], "pet": w.choices["pet"]}}
@@ -500,7 +505,7 @@ def test_multiple_choice_has_one_right_answer_among_four_and_favours_no_letter(s
     for question, *options, letter in rows:
         combination, right = QUESTIONS[question]
         assert world.held_out(*combination) and len(set(options)) == 4 and options["ABCD".index(letter)] == right
-        stems = {o.rsplit(" ", 1)[0] for o in options} if combination[1] == "en" else {o[0] for o in options}
+        stems = {o.rsplit(" ", 1)[0] for o in options} if " " in question else {o[0] for o in options}
         assert len(stems) == 1                               # the options differ in their last word only
     for row in read_choices(smoke / "mc" / "demo.csv"):
         assert len(set(row["options"])) == 4 and QUESTIONS[row["question"]][1] == row["options"][row["answer"]]
