@@ -471,45 +471,10 @@ def reading_zh(w):
     ask_and_answer(w, "zh", about(w, "zh"), 2, 4)
 
 
-def game_en(w):
-    w.fix("Game: ")
-    first = w.choose(NAMES["en"])
-    w.fix(" and ")
-    second = w.choose([n for n in NAMES["en"] if n != first])
-    w.fix(" play. ")
-    for n in range(5):
-        if w.choose(([first] if n < 4 else []) + (["Good."] if n > 1 else [])) == "Good.":
-            break
-        w.fix(" says: ")
-        words = [w.choose(list(DICTIONARY))]
-        while w.choose([".", ","][: 2 if len(words) < 3 else 1]) == ",":
-            w.fix(" ")
-            words.append(w.choose(list(DICTIONARY)))
-        w.line(" {b} says: {x}. ", b=second, x=", ".join(words))
-
-
-def game_zh(w):
-    w.fix("游戏：")
-    first = w.choose(NAMES["zh"], "", "和")
-    second = w.choose([n for n in NAMES["zh"] if n != first])
-    w.fix("在玩。")
-    for n in range(5):
-        if w.choose(([first] if n < 4 else []) + (["很好。"] if n > 1 else [])) == "很好。":
-            break
-        w.fix("说：")
-        words, more = [], True
-        while more:
-            pieces = [x + end for x in DICTIONARY.values() for end in ("。、" if len(words) < 2 else "。")]
-            word = w.choose(pieces)
-            more = word[-1] == "、"
-            words.append(word)
-        w.line("{b}说：{x}", b=second, x="".join(words))
-
-
-GRAMMAR = {"story_en": story_en, "story_zh": story_zh, "facts_en": facts_en, "facts_zh": facts_zh, "lesson_en": lesson_en,
-           "lesson_zh": lesson_zh, "reading_en": reading_en, "reading_zh": reading_zh, "game_en": game_en, "game_zh": game_zh}
-SHARE = {"story_en": 0.22, "story_zh": 0.18, "facts_en": 0.08, "facts_zh": 0.07, "lesson_en": 0.10, "lesson_zh": 0.09,
-         "reading_en": 0.10, "reading_zh": 0.08, "game_en": 0.05, "game_zh": 0.03}
+GRAMMAR = {"story_en": story_en, "story_zh": story_zh, "facts_en": facts_en, "facts_zh": facts_zh,
+           "lesson_en": lesson_en, "lesson_zh": lesson_zh, "reading_en": reading_en, "reading_zh": reading_zh}
+SHARE = {"story_en": 0.25, "story_zh": 0.20, "facts_en": 0.08, "facts_zh": 0.08,
+         "lesson_en": 0.10, "lesson_zh": 0.10, "reading_en": 0.10, "reading_zh": 0.09}
 
 
 @dataclass
