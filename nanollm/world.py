@@ -3,8 +3,8 @@
 A corpus whose every random choice is known has an exact entropy: the sum of -log p over the choices, the floor that no
 model's loss can pass. The same grammar functions write a document (`Writer` draws each choice) and read it back
 (`Reader` finds in the text which choice was made), so the text determines the choices, and any text of this world
-can be weighed. Questions have one right answer, preferences a stated rule (`rate`). Some combinations (a person with
-a certain object, a sum of two certain numbers, a word in a certain question) are held out of everything trained on.
+can be weighed. Questions have one right answer, preferences a stated rule (`rate`). Some combinations (a person
+with a certain pet or find, a question in a certain wording) are held out of everything trained on.
 """
 import csv
 import functools
@@ -202,16 +202,16 @@ def story_en(w, least=2, most=5, title=True):
         elif event == " Soon ":
             F = w.choose([f for f in NAMES["en"] if f != N])
             w.fix(" comes with a ")
-            c = w.choose(list(COLOURS))
+            w.choose(list(COLOURS))
             w.fix(" ")
             o = w.choose(list(OBJECTS))
-            w.line(". {N} asks: is this your {o}, {F}? {F} says: yes, it is my {c} {o}.", N=N, o=o, F=F, c=c)
+            w.line(". {N} asks: is this your {o}, {F}? {F} says: yes, it is my {o}.", N=N, o=o, F=F)
         elif event == " After that ":
             w.line("{P} hides a ", P=P)
             o = w.choose(list(OBJECTS))
             w.fix(" at the ")
-            place = w.choose(list(PLACES))
-            w.line(". {N} looks for the {o} and finds the {o} at the {p}.", N=N, o=o, p=place)
+            w.choose(list(PLACES))
+            w.line(". {N} looks for the {o} and finds the {o}.", N=N, o=o)
         elif event == " Later ":
             w.line("{N} gives {P} ", N=N, P=P)
             n_food = w.choose(DIGITS[1:])
@@ -554,12 +554,13 @@ def exercise(rng, task, lang, held):
 
 
 TASK_NAMES = [*TASKS, "about", "story"]
+LEARN = [*TASKS, "opposite", "translate", "colour", "about", "about", "about", "story"]     # what is hard is practised more
 
 
 def styled(rng, lang, full, curt):
-    """An answer as people give it: half of them polite, half complete, independently."""
-    core = full if curt is None or rng.random() < 0.5 else curt
-    return (rng.choice(POLITE[lang]) if rng.random() < 0.5 else "") + core
+    """An answer as people give it: a third of them polite, three quarters complete, independently."""
+    core = full if curt is None or rng.random() < 0.75 else curt
+    return (rng.choice(POLITE[lang]) if rng.random() < 1 / 3 else "") + core
 
 
 def chat_row(rng, task, held):
@@ -576,9 +577,11 @@ def chat_row(rng, task, held):
 
 
 def chat_rows(n, split, seed=0):
-    """n chat rows, all tasks alike. split "train" never holds a held-out combination, "val" is made of them."""
+    """n chat rows. split "train" never holds a held-out combination and has more of the hard tasks; "val" is made of
+    held-out combinations, all tasks alike."""
     rng = random.Random(f"chat {split} {seed}")
-    rows = [chat_row(rng, TASK_NAMES[i % len(TASK_NAMES)], split == "val") for i in range(n)]
+    tasks = TASK_NAMES if split == "val" else LEARN
+    rows = [chat_row(rng, tasks[i % len(tasks)], split == "val") for i in range(n)]
     rng.shuffle(rows)
     return [{k: v for k, v in row.items() if k != "wrong"} for row in rows]
 
@@ -657,7 +660,7 @@ def multiple_choice(n, seed=0):
 
 # ------------------------------------------------------------------------------------------------------- the files
 
-SIZES = {"demo": dict(documents=28000, near_copies=150, junk=60, chats=6000, val_chats=420, pairs=2000, val_pairs=240, choices=200),
+SIZES = {"demo": dict(documents=28000, near_copies=150, junk=60, chats=9000, val_chats=420, pairs=2000, val_pairs=240, choices=200),
          "smoke": dict(documents=600, near_copies=12, junk=9, chats=300, val_chats=28, pairs=120, val_pairs=16, choices=20)}
 
 

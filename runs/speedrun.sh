@@ -48,7 +48,7 @@ step report     -m nanollm.report --run_dir "$RUN"
 echo
 echo "--- a chat with the result"
 python chat.py --init_from "$RUN/dpo" --temperature 0 --repetition_penalty 1 --prompt \
-    "What is 3 plus 4?" "请告诉我天空的颜色。" "Translate garden into Chinese." "你会从3数到7吗？" "Write a story about Anna and a dog."
+    "What is the sum of 3 and 4?" "请告诉我天空的颜色。" "What is the Chinese for garden?" "你会从3数到7吗？" "Write a story about Anna and a dog."
 echo
 echo "report: $RUN/report.html"
 echo "talk to it yourself:  python chat.py --init_from $RUN/dpo"

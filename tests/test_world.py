@@ -163,11 +163,11 @@ def test_the_nats_of_a_story_equal_a_count_by_hand():
     name, pet, thing = next((n, p, o) for n in names for p in world.PETS for o in world.OBJECTS
                             if not world.held_out("pet", n, p) and not world.held_out("object", n, o))
     text = (f"Near the lake lives {name}. {name} has a {pet} called Max. The {pet} is red. One sunny day {name} finds a {thing}. "
-            f"The {thing} is blue. But Max is sad. {name} asks: why are you sad, Max? After that Max hides a drum at the farm. "
-            f"{name} looks for the drum and finds the drum at the farm. At last {name} and Max go home, and {name} is happy.")
+            f"The {thing} is blue. But Max is sad. {name} asks: why are you sad, Max? Then {name} and Max go to the farm and see 3 red cats. "
+            f"At last {name} and Max go home, and {name} is happy.")
     ways = [3 + 1, len(world.PLACES), len(names), free("pet", name, world.PETS), len(world.PET_NAMES["en"]), len(world.COLOURS),
             len(world.WEATHER), free("object", name, world.OBJECTS), len(world.COLOURS),
-            6, len(world.MOODS), 5, len(world.OBJECTS), len(world.PLACES), 4 + 1, len(world.MOODS)]
+            6, len(world.MOODS), 5, len(world.PLACES), 8, len(world.COLOURS), len(world.PETS), 4 + 1, len(world.MOODS)]
     assert math.isclose(world.parse(text).nll, -math.log(world.SHARE["story_en"]) + sum(map(math.log, ways)), rel_tol=1e-12)
 
 
@@ -215,23 +215,22 @@ def all_questions():
                 for a, b in itertools.product(range(1, 10), range(1, 10)) if not words else ():
                     x = str(a + b) if task == "sum" else comma.join(map(str, range(a, b + 1)))
                     if task == "sum" or 2 <= b - a <= 5:
-                        found[ask.format(a=a, b=b)] = (task, str(a), str(b)) if task == "sum" else (task, lang, f"{a}{b}", i), full.format(a=a, b=b, x=x)
+                        found[ask.format(a=a, b=b)] = (task, lang, f"{a}{b}", i), full.format(a=a, b=b, x=x)
     return found
 
 
 QUESTIONS = all_questions()
 STATEMENTS = {"pet": (r"(\w+) has a (\w+)(?: called|\.)", r"about (\w+) and a (\w+)\.", r"(小.)有一只([^，。？]+?)[，。]",
                       r"(?:故事：|关于|讲一个)(小.)和([^，。？]+?)(?:的故事)?。"),
-              "object": (r"(\w+) finds a (\w+)\.", r"(小.)找到了一个([^，。？]+?)。"),
-              "sum": (r"sum of (\d) and (\d) is", r"(\d)加(\d)等于\d")}
+              "object": (r"(\w+) finds a (\w+)\.", r"(小.)找到了一个([^，。？]+?)。")}
 ITEMS = {"pet": {*world.PETS, *world.PETS.values()}, "object": {*world.OBJECTS, *world.OBJECTS.values()}}
 ASKED = re.compile(r"asks: (.+?[.?]) \w+ says: |问：(.+?[。？])小.说：")
 
 
 def combinations(text):
-    """What a text tells, read with patterns: who has which pet, who finds what, which sums; and which questions it asks."""
+    """What a text tells, read with patterns: who has which pet, who finds what; and which questions it asks."""
     found = [(kind, *pair) for kind, patterns in STATEMENTS.items() for p in patterns for pair in re.findall(p, text)
-             if pair[1] in ITEMS.get(kind, pair)]
+             if pair[1] in ITEMS[kind]]
     return found + [QUESTIONS[q][0] for q in [text, *(en or zh for en, zh in ASKED.findall(text))] if q in QUESTIONS]
 
 
@@ -240,30 +239,27 @@ def held(text):
 
 
 def test_documents_hold_no_held_out_combination(smoke, texts):
-    """Persons' pets and finds, sums and counts of the file and of 1500 more documents; and not because none is found."""
+    """Persons' pets and finds and the questions, of the file and of 1500 more documents; and not because none is found."""
     seen = Counter()
     for text in texts + [doc.text for doc in world.documents(1500, seed=5)]:
         seen.update(c[0] for c in combinations(text))
         assert clean(text)[1] or not any(held(text)), text
-    assert min(seen[k] for k in ("pet", "object", "sum", "count", "opposite", "colour", "translate")) > 50
+    assert min(seen[k] for k in ("pet", "object", *world.TASKS)) > 50
     for kind in world.GRAMMAR:                               # and the reader tells the two sides apart
         for doc in written(kind, 30, held=True):
-            assert all(held(doc.text)) and (held(doc.text) or kind[:5] in ("facts", "game_"))
+            assert all(held(doc.text)) and bool(held(doc.text)) == (kind[:5] != "facts")       # facts are the same on both sides
             assert world.parse(doc.text, held=True).spans == doc.spans and (world.parse(doc.text) is None or not held(doc.text))
 
 
-def test_about_one_combination_in_six_is_held_out_and_never_both_orders_of_a_sum():
-    """Enough to test on, enough to learn from, for each person, word and kind."""
-    D = world.DIGITS
-    sums = [(a, b) for a in D for b in D if world.held_out("sum", a, b)]
-    assert 8 <= len(sums) <= 20 and not {(b, a) for a, b in sums} & set(sums)
+def test_about_one_combination_in_six_is_held_out():
+    """Enough to test on, enough to learn from: pets and finds of persons, wordings of questions."""
     for lang, pets, objects in (("en", list(world.PETS), list(world.OBJECTS)), ("zh", list(world.PETS.values()), list(world.OBJECTS.values()))):
         for kind, items in (("pet", pets), ("object", objects)):
             share = [world.held_out(kind, n, i) for n in world.NAMES[lang] for i in items]
             assert 0.1 < sum(share) / len(share) < 0.24
-    words = Counter(c[0] for c, _ in QUESTIONS.values() if len(c) == 4 and world.held_out(*c))
-    assert words.keys() == {"opposite", "colour", "count", "translate"} and min(words.values()) > 5
-    asked = {c[:3] for c, _ in QUESTIONS.values() if len(c) == 4}
+    words = Counter(c[0] for c, _ in QUESTIONS.values() if world.held_out(*c))
+    assert words.keys() == world.TASKS.keys() and min(words.values()) > 5 and 0.1 < words.total() / len(QUESTIONS) < 0.24
+    asked = {c[:3] for c, _ in QUESTIONS.values()}
     assert len(asked - {c[:3] for c, _ in QUESTIONS.values() if not world.held_out(*c)}) < 0.06 * len(asked)     # of the others one form is learnt
 
 
@@ -459,8 +455,9 @@ def test_a_story_is_judged_by_reading_it():
         assert world.correct(asked, w.text) and not world.correct({**asked, "must": {**asked["must"], "pet": "unicorn"}}, w.text)
 
 
-def test_the_chat_rows_mix_manners_and_length_half_and_half():
-    """Independently: a quarter each of polite and complete; never rude. All tasks and both languages alike."""
+def test_the_chat_rows_mix_manners_and_length():
+    """Polite or plain, complete or curt, independently, each of the four often enough to be learnt; never rude. All tasks
+    and both languages alike."""
     rows = world.chat_rows(2800, "train")
     assert set(Counter(r["task"] for r in rows).values()) == {400} and 0.45 < sum(r["lang"] == "en" for r in rows) / 2800 < 0.55
     assert 0.1 < sum(len(r["messages"]) == 4 for r in rows) / 2800 < 0.3
@@ -468,7 +465,9 @@ def test_the_chat_rows_mix_manners_and_length_half_and_half():
     for r in rows:
         manners, core = world.strip_manners(r["messages"][-1]["content"], r["lang"])
         styles[manners, core == r["answer"]] += r["task"] != "story"
-    assert all(0.22 < styles[m, full] / 2400 < 0.28 for m in (0, 1) for full in (False, True)) and not any(m < 0 for m, _ in styles)
+    assert styles.keys() == set(itertools.product((0, 1), (False, True))) and min(styles.values()) > 0.06 * 2400
+    polite, full = (sum(n for style, n in styles.items() if style[i]) / 2400 for i in (0, 1))
+    assert abs(styles[1, True] / 2400 - polite * full) < 0.03
 
 
 def test_the_rule_puts_chosen_above_rejected_for_every_reason():
