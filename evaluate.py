@@ -88,7 +88,7 @@ def chat(cfg, model, tok):
     reference = {id(row): m[-1]["content"].strip() for row, m in zip(rows, messages)}
 
     def correct(row, text):
-        return world.correct(row, text) if "task" in row and "answer" in row else text.strip() == reference[id(row)]
+        return world.correct(row, text) if {"task", "lang", "accept", "must"} <= row.keys() else text.strip() == reference[id(row)]
 
     fitted = [f for m in messages if (f := fit_chat(tok, m, model.args.max_seq_len + 1))]
     losses = evaluation.continuation_losses(model, [(ids[:1], ids[1:]) for ids, _ in fitted])

@@ -9,20 +9,16 @@ reads .txt, .jsonl, .json, .parquet (each also .gz) or directories of them, and 
     tokenizer/  tokenizer.json, vocab.txt
     tokens/     train.bin, val.bin and what belongs to them: this is what `train_pretrain.py --data` wants
 
-and in each a report.json. A stage is written aside and renamed when it is whole; one whose result is already there for
-the same inputs and settings is skipped. Each stage is also a command of its own, which reads what the one before it
-left in --out (`prepare_data.py COMMAND --help` lists its options):
+and in each a report.json. A stage is renamed when it is whole, and skipped if that was done for the same inputs and
+settings. Each is also a command of its own and reads what the one before left (`prepare_data.py COMMAND --help`):
 
     demo | clean | dedup | tokenizer | tokenize | build
 
 Chat and preference files need no preparation: train_sft.py, train_rm.py and train_dpo.py read them as they are.
 """
 import dataclasses
-import hashlib
 import json
-import shutil
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,9 +27,9 @@ import numpy as np
 from nanollm import config, tokenizer as tokenizers
 from nanollm.config import UserError, arg
 from nanollm.corpus import bpe, clean as cleaning, dedup as deduplication, io, pack
+from nanollm.corpus.stage import stage
 
 OUT = "output directory of all stages"
-STAGES = ("clean", "dedup", "tokenizer", "tokens")
 
 
 @dataclass
@@ -69,6 +65,7 @@ class Tokenizer:
     input: list = arg([], "a .jsonl file of {\"text\"} (default: OUT/dedup/documents.jsonl)")
     out: str = arg("out/data", OUT)
     vocab_size: int = arg(6400, "size of the vocabulary to train, control tokens included", unit="tokens")
+    kind: str = arg("bpe", "bpe: byte-level BPE; char: one id a character, the baseline (unknown ones are lost)")
     tokenizer: str = arg("", "use this one instead of training: a directory, .model, tokenizer.json or .tiktoken")
     force: bool = arg(False, "redo what is already there")
 
@@ -86,61 +83,6 @@ class Tokenize:
 @dataclass
 class Build(Tokenize, Tokenizer, Dedup, Clean):           # only to have the options of all four
     input: list = arg([], Clean.__dataclass_fields__["input"].metadata["help"])
-
-
-def stage(cfg, name, inputs, settings, code, work):
-    """Run work(directory) -> report for OUT/NAME, and rename the directory to that once it is whole.
-
-    Skipped if that was done before: with the same settings, the same source of the modules `code` (so that an edited
-    rule takes effect), and input files of the same size and time, as its report.json remembers. OUT/report.json
-    gathers the reports of all stages.
-    """
-    target = Path(cfg.out) / name
-    aside, before = Path(f"{target}.tmp"), read_report(target)
-    source = b"".join(Path(module.__file__).read_bytes() for module in code)
-    signature = {"settings": settings, "code": hashlib.blake2b(source, digest_size=8).hexdigest(),
-                 "inputs": [[io.shown(p), p.stat().st_size, p.stat().st_mtime_ns] for p in inputs]}
-    if before and before["signature"] == signature and not cfg.force:
-        print(f"{target.name}: {io.shown(target)} is complete, skipped (--force redoes it)")
-        return
-    if not before and target.exists() and (target.is_file() or any(target.iterdir())):
-        raise UserError(f"--out: {target} holds something that prepare_data.py did not write; choose another directory")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)          # the rest of an interrupted run
-        aside.mkdir(parents=True)
-    except OSError as e:
-        raise UserError(f"--out: cannot make the directory {aside}: {e.strerror}") from None
-    print(target.name, flush=True)
-    start = time.time()
-    report = work(aside)
-    report |= {"seconds": round(time.time() - start, 2), "peak_rss_mb": peak_rss_mb(), "signature": signature}
-    write_report(aside, report)
-    shutil.rmtree(target, ignore_errors=True)
-    aside.rename(target)
-    print(f"  {report['seconds']:.1f} s, peak memory {report['peak_rss_mb']} MB -> {io.shown(target)}", flush=True)
-    if name:
-        write_report(Path(cfg.out), {s: report for s in STAGES if (report := read_report(Path(cfg.out) / s))})
-
-
-def read_report(directory):
-    """The report.json a stage has left in `directory`, or None: then the directory is not one of ours."""
-    try:
-        report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
-        return report if "signature" in report else None
-    except (OSError, ValueError):
-        return None
-
-
-def write_report(directory, report):
-    (directory / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def peak_rss_mb():
-    """The most memory this process has held so far, in MB; None on Windows, which does not tell."""
-    if sys.platform == "win32":
-        return None
-    import resource
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << (20 if sys.platform == "darwin" else 10)))
 
 
 def shares(counts, total):
@@ -233,6 +175,8 @@ def dedup(cfg):
 
 def tokenizer(cfg):
     """Train our byte-level BPE (or take the tokenizer given), and say how much text a token carries."""
+    if cfg.kind not in ("bpe", "char"):
+        raise UserError(f"--kind {cfg.kind} is unknown; use bpe or char")
     documents = documents_of(cfg, "dedup", "clean")
     given = tokenizers.load(cfg.tokenizer) if cfg.tokenizer else None
 
@@ -240,9 +184,11 @@ def tokenizer(cfg):
         tok, pattern = given, tokenizers.pattern_for(cfg.vocab_size)
         if tok is None:
             texts = (d["text"] for d in io.progress(documents, desc="tokenizer", unit=" docs"))
-            merges = bpe.train_bpe(texts, cfg.vocab_size, pattern,
-                                   say=lambda line: print("  " + line.removeprefix("tokenizer: ")))
-            tok = tokenizers.bpe_tokenizer(merges, pattern)
+            if cfg.kind == "char":
+                tok = tokenizers.char_tokenizer(bpe.train_char(texts))
+            else:
+                say = lambda line: print("  " + line.removeprefix("tokenizer: "))
+                tok = tokenizers.bpe_tokenizer(bpe.train_bpe(texts, cfg.vocab_size, pattern, say=say), pattern)
         tok.save(out)
         spread = np.linspace(0, len(documents) - 1, min(len(documents), 2000)).astype(int)   # over the whole corpus
         texts = {"all": [documents[i]["text"] for i in spread]}
@@ -252,7 +198,7 @@ def tokenizer(cfg):
         for name, c in carried.items():
             print(f"    {name}: {c['bytes_per_token']:.2f} bytes, {c['chars_per_token']:.2f} characters a token")
         return {"kind": tok.kind, "vocab_size": tok.vocab_size, "hash": tok.hash, **carried.pop("all"), **carried}
-    settings = {"vocab_size": None if given else cfg.vocab_size, "tokenizer": given and given.hash}
+    settings = {"kind": cfg.kind, "vocab_size": None if given else cfg.vocab_size, "tokenizer": given and given.hash}
     stage(cfg, "tokenizer", [documents.path], settings, [tokenizers, bpe], work)
 
 

@@ -44,8 +44,8 @@ class Config:
     tie_embeddings: bool = arg(True, "one matrix for input and output; saves vocab_size * dim parameters")
     attention: str = arg("sdpa", "sdpa: PyTorch's kernel; naive: softmax(QK^T/sqrt(d))V spelled out")
     # the run
-    max_steps: int = arg(1000, "length of the run and of the schedule", unit="updates")
-    epochs: float = arg(0.0, "if > 0: passes over the data instead of max_steps")
+    max_steps: int = arg(0, "length of the run and of the schedule; 0 = --epochs says it", unit="updates")
+    epochs: float = arg(1.0, "passes over the data, unless --max_steps is given")
     batch_size: int = arg(8, "rows per micro-batch and rank")
     gradient_accumulation_steps: int = arg(1, "micro-batches per update over all ranks together")
     optimizer: str = arg("adamw", "adamw, or muon for the blocks' matrices and adamw for the rest")
@@ -125,14 +125,15 @@ def main(cfg):
     val = TokenFile(cfg.data, "val", T, cfg.rows, tokenizer.hash)
 
     # [shared:engine]
-    sampler = Sampler(len(train), ctx, cfg.batch_size, cfg.gradient_accumulation_steps, cfg.seed, cfg.epochs)
+    epochs = 0.0 if cfg.max_steps else cfg.epochs
+    sampler = Sampler(len(train), ctx, cfg.batch_size, cfg.gradient_accumulation_steps, cfg.seed, epochs)
     max_steps = sampler.steps(cfg.max_steps)
     optimizer = make_optimizer(raw, cfg.optimizer, cfg.learning_rate, cfg.weight_decay, muon_lr=cfg.muon_lr)
     scaler = torch.amp.GradScaler(ctx.device.type, enabled=dtype == torch.float16)
     step, counters = checkpoint.resume(cfg.out_dir, cfg.resume, ctx, raw, optimizer, scaler, cfg, tokenizer)
     tokens, start, skipped = counters.get("tokens", 0), step, 0
     model = dist.DDP(dist.compiled(raw, cfg.compile), ctx).train()
-    log = Logger(cfg.out_dir, ctx.main, step, max_steps)
+    log = Logger(cfg.out_dir, ctx.main, step, max_steps, tokens)
     # [/shared]
     print(f"{parameter_count(raw)} parameters | {flops_per_token(raw, T) / 1e6:.1f} MFLOP a token | {dtype} on {ctx.device}, "
           f"{ctx.world_size} rank(s)\n{len(train):,} rows of {T} | {sampler.rows_per_step * T:,} tokens an update "

@@ -32,8 +32,8 @@ class Config:
     max_seq_len: int = arg(0, "longest row; 0 = the model's context", unit="tokens")
     center: float = arg(0.0, "pulls the sum of a pair's scores to 0 (0.01 is usual): only differences are determined otherwise")
     # the run
-    max_steps: int = arg(300, "length of the run and of the schedule, unless --epochs is given", unit="updates")
-    epochs: float = arg(1.0, "passes over the data; 0 = --max_steps counts instead")
+    max_steps: int = arg(0, "length of the run and of the schedule; 0 = --epochs says it", unit="updates")
+    epochs: float = arg(1.0, "passes over the data, unless --max_steps is given")
     batch_size: int = arg(16, "pairs per micro-batch and rank")
     gradient_accumulation_steps: int = arg(1, "micro-batches per update over all ranks together")
     optimizer: str = arg("adamw", "adamw, or muon for the blocks' matrices and adamw for the rest")
@@ -93,14 +93,15 @@ def main(cfg):
     train, val = PreferenceRows.load(cfg, tokenizer, T)
 
     # [shared:engine]
-    sampler = Sampler(len(train), ctx, cfg.batch_size, cfg.gradient_accumulation_steps, cfg.seed, cfg.epochs)
+    epochs = 0.0 if cfg.max_steps else cfg.epochs
+    sampler = Sampler(len(train), ctx, cfg.batch_size, cfg.gradient_accumulation_steps, cfg.seed, epochs)
     max_steps = sampler.steps(cfg.max_steps)
     optimizer = make_optimizer(raw, cfg.optimizer, cfg.learning_rate, cfg.weight_decay, muon_lr=cfg.muon_lr)
     scaler = torch.amp.GradScaler(ctx.device.type, enabled=dtype == torch.float16)
     step, counters = checkpoint.resume(cfg.out_dir, cfg.resume, ctx, raw, optimizer, scaler, cfg, tokenizer)
     tokens, start, skipped = counters.get("tokens", 0), step, 0
     model = dist.DDP(dist.compiled(raw, cfg.compile), ctx).train()
-    log = Logger(cfg.out_dir, ctx.main, step, max_steps)
+    log = Logger(cfg.out_dir, ctx.main, step, max_steps, tokens)
     # [/shared]
     model.eval()                                             # dropout off: both answers are judged by the same network
     print(f"{parameter_count(raw)['total']:,} parameters | {dtype} on {ctx.device}, {ctx.world_size} rank(s)\n"

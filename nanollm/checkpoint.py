@@ -131,6 +131,8 @@ def training_state(ctx, optimizer, scaler, **counters):
     rng = {"cpu": torch.get_rng_state()}
     if ctx.device.type == "cuda":
         rng["cuda"] = torch.cuda.get_rng_state(ctx.device)
+    if ctx.device.type == "mps":
+        rng["mps"] = torch.mps.get_rng_state()
     return {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": ctx.gather(rng), **counters}
 
 
@@ -142,7 +144,10 @@ def resume(out_dir, which, ctx, model, optimizer, scaler, config, tokenizer):
     the checkpoint's; config.override_schedule lets max_steps and the learning-rate options differ, and says so.
     """
     out_dir = Path(out_dir)
-    exists = any(out_dir.glob(PREFIX + "*"))
+    found = sorted(p.name for p in out_dir.glob(PREFIX + "*"))
+    if any(there != found for there in ctx.gather(found)):
+        raise UserError(f"the ranks do not see the same checkpoints in --out_dir {out_dir}: put it on a disk that all machines share")
+    exists = bool(found)
     if not which:
         if exists:
             raise UserError(f"--out_dir {out_dir} already holds a run; add --resume auto to go on, or choose another directory")
@@ -154,10 +159,13 @@ def resume(out_dir, which, ctx, model, optimizer, scaler, config, tokenizer):
             return 0, {}
         which = out_dir
     path = find(which)
+    later = [name for name in found if name > path.name and is_whole(out_dir / name)]
+    if later:
+        raise UserError(f"--resume {path}: --out_dir {out_dir} already holds the later {later[-1]}; choose another --out_dir, or move it away")
     meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
     schedule = {"max_steps", "epochs", "learning_rate", "min_lr", "warmup_steps", "schedule", "muon_lr"}
     free = {"out_dir", "resume", "override_schedule", "eval_every", "save_every", "log_every", "keep", "device", "compile",
-            "eval_batches", "tensorboard", "max_bad", "sample_prompts", "merge_on_save"}
+            "eval_batches", "max_bad", "sample_prompts", "merge_on_save"}
     now, then = dataclasses.asdict(config), meta["config"]
     split = ("batch_size", "gradient_accumulation_steps")     # 8 x 2 and 4 x 4 are the same rows in the same update
     if now[split[0]] * now[split[1]] == then.get(split[0], 0) * then.get(split[1], 0):
@@ -174,17 +182,24 @@ def resume(out_dir, which, ctx, model, optimizer, scaler, config, tokenizer):
     if not (path / "training.pt").exists():
         raise UserError(f"{path} holds no training state to resume from; start from its weights with --init_from instead")
     training = read(path, "training.pt")
+    scales = [group["lr_scale"] for group in optimizer.param_groups]
     try:
         model.load_state_dict(read(path, "model.pt"))
         optimizer.load_state_dict(training.pop("optimizer"))
     except (RuntimeError, ValueError, KeyError):
         raise UserError(f"--resume: {path} ({meta['stage']}) is not a checkpoint of this model; use --init_from for its weights") from None
-    scaler.load_state_dict(training.pop("scaler"))
+    for group, scale in zip(optimizer.param_groups, scales):
+        group["lr_scale"] = scale                             # a new --muon_lr under --override_schedule must count
+    scaler_state = training.pop("scaler")
+    if scaler_state and scaler.is_enabled():                  # empty unless the run was in fp16
+        scaler.load_state_dict(scaler_state)
     rng = training.pop("rng")
     if len(rng) == ctx.world_size:                            # another number of ranks: fresh random states
         torch.set_rng_state(rng[ctx.rank]["cpu"])
         if ctx.device.type == "cuda" and "cuda" in rng[ctx.rank]:
             torch.cuda.set_rng_state(rng[ctx.rank]["cuda"], ctx.device)
+        if ctx.device.type == "mps" and "mps" in rng[ctx.rank]:
+            torch.mps.set_rng_state(rng[ctx.rank]["mps"])
     elif ctx.main:
         print(f"note: {len(rng)} ranks saved, {ctx.world_size} now: dropout draws new random numbers", flush=True)
     if ctx.main:

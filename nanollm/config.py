@@ -147,7 +147,7 @@ def run(main, cls, doc="", argv=None):
     try:
         main(parse(cls, argv))
     except UserError as e:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:    # once a machine
             print(f"error: {e}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -6,6 +6,7 @@ Loaders yield already shifted (inputs, targets): target t is the token that foll
 """
 import gzip
 import json
+import os
 import zlib
 from pathlib import Path
 
@@ -61,6 +62,8 @@ class Sampler:
 
     def steps(self, max_steps):
         """Number of updates: max_steps, or what --epochs comes to, the last update possibly smaller."""
+        if not self.total and not max_steps:
+            raise UserError("how long shall the run be? give --max_steps or --epochs")
         return -(-self.total // self.rows_per_step) if self.total else max_steps
 
     def micro_batches(self, step):
@@ -268,7 +271,7 @@ def report_bad(bad, total, out_dir, max_bad):
     print(f"set aside {len(bad)} of {total} rows:", flush=True)
     for where, reason, head in bad[:3]:
         print(f"    {where}: {reason}: {head[:80]!r}", flush=True)
-    if out_dir is not None:
+    if out_dir is not None and int(os.environ.get("RANK", 0)) == 0:
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         path = Path(out_dir) / "quarantine.jsonl"
         lines = [json.dumps({"where": where, "reason": reason, "head": head}, ensure_ascii=False) for where, reason, head in bad]

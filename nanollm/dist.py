@@ -62,6 +62,9 @@ def choose_device(device="auto", local_rank=0):
         raise UserError("--device mps: PyTorch sees no Apple GPU here; use --device cpu or auto")
     if device.type == "cuda":
         device = torch.device("cuda", device.index if device.index is not None else local_rank)
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"there is no GPU {device.index}: this machine has {torch.cuda.device_count()}; start fewer processes or "
+                            f"choose another --device")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")           # TF32 for what autocast leaves in fp32
     return device
@@ -74,7 +77,8 @@ def init(device="auto"):
                                     (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     device = choose_device(device, local_rank)
     if world_size > 1 and not torch_dist.is_initialized():
-        os.environ.setdefault("USE_LIBUV", "0")              # the Windows wheels are built without libuv
+        if os.name == "nt":
+            os.environ.setdefault("USE_LIBUV", "0")          # the Windows wheels are built without libuv
         torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     ctx = Context(rank, local_rank, world_size, device, rank == 0)
     if not ctx.main:
@@ -85,7 +89,7 @@ def init(device="auto"):
             raise KeyboardInterrupt
         ctx.interrupted.append(signum)
         if ctx.main:
-            print("\nstopping: the checkpoint is written after this step (once more to quit at once)", flush=True)
+            os.write(1, b"\nstopping: the checkpoint is written after this step (once more to quit at once)\n")
 
     with contextlib.suppress(ValueError):                    # not in the main thread (a notebook's, say): leave them
         for signum in (signal.SIGINT, signal.SIGTERM):

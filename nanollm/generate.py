@@ -59,6 +59,15 @@ def generate_batch(model, prompts, max_new_tokens, pad_id, stop_ids=(), generato
     """
     device, cache, room = next(model.parameters()).device, KVCache(), model.args.max_seq_len
     prompts = [list(p)[-(room - 1):] for p in prompts]
+    tight = [i for i, p in enumerate(prompts) if len(p) + max_new_tokens > room]
+    if tight and len(prompts) > 1:                                # alone: its width must not shorten the others' answers
+        rest = [i for i in range(len(prompts)) if i not in tight]
+        answers, stopped = [[] for _ in prompts], [False] * len(prompts)
+        for group in [*([i] for i in tight), *([rest] if rest else [])]:
+            new = generate_batch(model, [prompts[i] for i in group], max_new_tokens, pad_id, stop_ids, generator, **sampling)
+            for i, answer, ended in zip(group, *new):
+                answers[i], stopped[i] = answer, ended
+        return answers, stopped
     width = max(map(len, prompts))
     tokens = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=device)        # (B, T)
     segments = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)

@@ -4,6 +4,8 @@ import math
 import time
 from pathlib import Path
 
+from nanollm.config import UserError
+
 
 def clock(seconds):
     """90 -> '1:30', 3700 -> '1:01:40'."""
@@ -18,13 +20,16 @@ class Logger:
     Non-finite numbers are written as null, so that every line stays valid JSON.
     """
 
-    def __init__(self, out_dir, main, start_step, max_steps):
+    def __init__(self, out_dir, main, start_step, max_steps, tokens=0):
         self.main, self.start, self.max_steps, self.began = main, start_step, max_steps, time.time()
         self.path = Path(out_dir) / "metrics.jsonl"
-        self.mark_time, self.mark_tokens = self.began, 0
+        self.mark_time, self.mark_tokens = self.began, tokens
         if not main:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"--out_dir {out_dir} cannot be made or written: {e.strerror}; choose another directory") from None
         kept = []
         if start_step and self.path.exists():
             for line in self.path.read_text(encoding="utf-8").splitlines():

@@ -338,7 +338,7 @@ def count(a, b, comma):
 
 
 def facts_en(w, least=6, most=10):
-    END, space = "That is all.", ""
+    END = "That is all."
     for n in range(most + 1):
         kinds = ["The sum of ", "The opposite of ", "The colour of ", "The Chinese for ", "From "] if n < most else []
         kind = w.choose(kinds + ([END] if n >= least else []))

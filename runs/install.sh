@@ -7,10 +7,11 @@ if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
         if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then PYTHON="$candidate"; break; fi
     done
     if [ -z "$PYTHON" ]; then echo "error: Python 3.11 or newer is needed; install it from python.org" >&2; exit 2; fi
-    if [ ! -d .venv ]; then
+    if [ ! -f .venv/pyvenv.cfg ]; then
         echo "making a virtual environment in .venv"
         "$PYTHON" -m venv .venv
     fi
+    MADE_VENV=1
     if [ -f .venv/bin/activate ]; then source .venv/bin/activate; else source .venv/Scripts/activate; fi
 fi
 STAMP="$(python -c 'import sys; print(sys.prefix)')/nanollm-installed-${EXTRA:-core}"

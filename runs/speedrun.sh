@@ -51,4 +51,5 @@ python chat.py --init_from "$RUN/dpo" --temperature 0 --repetition_penalty 1 --p
     "What is the sum of 3 and 4?" "请告诉我天空的颜色。" "What is the Chinese for garden?" "你会从3数到7吗？" "Write a story about Anna and a dog."
 echo
 echo "report: $RUN/report.html"
-echo "talk to it yourself:  python chat.py --init_from $RUN/dpo"
+if [ -n "${MADE_VENV:-}" ]; then echo "enter the environment:  source .venv/bin/activate"; fi
+echo "talk to it yourself:    python chat.py --init_from $RUN/dpo"

@@ -402,7 +402,7 @@ def test_right_answers_count_however_polite_or_short_and_wrong_ones_never():
 def test_the_answers_of_the_rows_are_right_by_the_word_lists():
     """Each last question that has one answer, looked up in a table that the generator does not use."""
     rows = [r for r in world.chat_rows(700, "train") + world.chat_rows(700, "val") if r["task"] in world.TASKS]
-    assert len(rows) == 1000 and all(QUESTIONS[r["messages"][-2]["content"]][1] == r["answer"] for r in rows)
+    assert len(rows) > 800 and all(QUESTIONS[r["messages"][-2]["content"]][1] == r["answer"] for r in rows)
     for row in world.chat_rows(350, "train"):
         for question, answer in zip(row["messages"][::2], row["messages"][1::2]):
             if question["content"] in QUESTIONS:
@@ -456,18 +456,20 @@ def test_a_story_is_judged_by_reading_it():
 
 
 def test_the_chat_rows_mix_manners_and_length():
-    """Polite or plain, complete or curt, independently, each of the four often enough to be learnt; never rude. All tasks
-    and both languages alike."""
+    """Polite or plain, complete or curt, independently, each of the four often enough to be learnt; never rude. No task
+    is rare, and both languages are alike."""
     rows = world.chat_rows(2800, "train")
-    assert set(Counter(r["task"] for r in rows).values()) == {400} and 0.45 < sum(r["lang"] == "en" for r in rows) / 2800 < 0.55
+    tasks = Counter(r["task"] for r in rows)
+    assert tasks.keys() == set(world.TASK_NAMES) and min(tasks.values()) > 150 and 0.45 < sum(r["lang"] == "en" for r in rows) / 2800 < 0.55
     assert 0.1 < sum(len(r["messages"]) == 4 for r in rows) / 2800 < 0.3
     styles = Counter()
     for r in rows:
         manners, core = world.strip_manners(r["messages"][-1]["content"], r["lang"])
         styles[manners, core == r["answer"]] += r["task"] != "story"
-    assert styles.keys() == set(itertools.product((0, 1), (False, True))) and min(styles.values()) > 0.06 * 2400
-    polite, full = (sum(n for style, n in styles.items() if style[i]) / 2400 for i in (0, 1))
-    assert abs(styles[1, True] / 2400 - polite * full) < 0.03
+    n = styles.total()
+    assert styles.keys() == set(itertools.product((0, 1), (False, True))) and min(styles.values()) > 0.06 * n
+    polite, full = (sum(n for style, n in styles.items() if style[i]) / n for i in (0, 1))
+    assert abs(styles[1, True] / n - polite * full) < 0.03
 
 
 def test_the_rule_puts_chosen_above_rejected_for_every_reason():

@@ -35,14 +35,21 @@ def main(stage, run_dir, command):
         if (before["command"], before["preset"]) == (shown, preset):
             print(f"[{stage}] already complete, skipped ({shown})", flush=True)
             return 0
+        for later in done.parent.glob("*.json"):               # what was made after the step that now runs again is stale
+            if later.stat().st_mtime_ns >= done.stat().st_mtime_ns:
+                later.unlink()
     print(f"\n[{stage}] $ {shown}", flush=True)
     began = time.time()
-    try:
-        code = subprocess.call([sys.executable, *command])
-    except KeyboardInterrupt:                                  # the child got the Ctrl-C too and has saved
-        code = 130
+    child = subprocess.Popen([sys.executable, *command])
+    while True:
+        try:
+            code = child.wait()
+            break
+        except KeyboardInterrupt:                              # the child got the Ctrl-C too: let it save and end by itself
+            continue
     if code:
-        print(f"[{stage}] ended with code {code}; the same command goes on where it stopped", file=sys.stderr, flush=True)
+        print(f"[{stage}] ended with code {code}; the same command goes on where it stopped (bash runs/speedrun.sh --force "
+              f"starts over)", file=sys.stderr, flush=True)
         return code
     record = {"stage": stage, "seconds": round(time.time() - began, 1), "peak_rss_mb": peak_rss_mb(), "command": shown}
     done.write_text(json.dumps(record | {"preset": preset}), encoding="utf-8")
