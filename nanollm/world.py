@@ -626,14 +626,14 @@ def rate(row, text):
 
 
 def preference_rows(n, split, seed=0):
-    """n pairs: chosen is right, polite and complete; rejected misses one of these, and `why` says which."""
+    """n pairs about questions with one right answer: chosen is right, polite and complete; rejected misses one of these, and
+    `why` says which."""
     rng, rows = random.Random(f"prefs {split} {seed}"), []
     while len(rows) < n:
-        task = TASK_NAMES[len(rows) % len(TASK_NAMES)]
-        row = chat_row(rng, task, split == "val")
+        row = chat_row(rng, TASK_NAMES[len(rows) % (len(TASK_NAMES) - 1)], split == "val")
         lang, full = row["lang"], row["answer"]
         polite = rng.choice(POLITE[lang])
-        why = rng.choice(["plain", "rude", "truncated", "repetitive"] + (["wrong", "curt"] if task != "story" else []))
+        why = rng.choice(["plain", "rude", "truncated", "repetitive", "wrong", "curt"])
         rejected = {"plain": full, "rude": rng.choice(RUDE[lang]) + full, "truncated": polite + full[: rng.randint(len(full) // 3, len(full) * 2 // 3)],
                     "repetitive": polite + full + (" " if lang == "en" else "") + full, "wrong": polite + str(row["wrong"]),
                     "curt": polite + row["accept"][-1]}[why]
