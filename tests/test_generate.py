@@ -4,6 +4,7 @@ import torch
 
 from conftest import tiny_lm
 from nanollm.generate import generate, generate_batch, sample
+from nanollm.model import ModelArgs, Transformer
 
 PROMPT = [5, 9, 2, 31, 7]
 PROMPTS = [[5, 9, 2], [11], [7, 7, 40, 3, 1, 8, 22], [60, 61]]
@@ -125,3 +126,13 @@ def test_a_strong_repetition_penalty_prevents_loops(model):
 def test_sampling_options_reach_the_batch(model):
     """top_k = 1 is greedy, whatever the temperature."""
     assert generate_batch(model, PROMPTS, 8, pad_id=63, temperature=5.0, top_k=1)[0] == [slow_greedy(model, p, 8) for p in PROMPTS]
+
+
+def test_a_long_prompt_does_not_shorten_the_answers_beside_it():
+    """A batch is as wide as its widest prompt; one near the context's end must not take the room of the short ones."""
+    torch.manual_seed(0)
+    model = Transformer(ModelArgs(dim=32, n_layers=1, n_heads=2, vocab_size=64, max_seq_len=32)).eval()
+    short, long = [1, 2, 3], list(range(1, 30))
+    together, _ = generate_batch(model, [short, long], 16, pad_id=0, temperature=0)
+    alone, _ = generate_batch(model, [short], 16, pad_id=0, temperature=0)
+    assert together[0] == alone[0] and len(together[0]) == 16 and len(together[1]) == 3

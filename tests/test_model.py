@@ -283,8 +283,8 @@ def test_flops_per_token_by_hand():
 
 
 @pytest.mark.parametrize("wrong, match", [
-    (dict(dim=30), "not divisible by n_heads"), (dict(n_kv_heads=3), "not divisible by n_kv_heads"),
-    (dict(dim=12), "must be even"), (dict(attention="flash"), "'sdpa' or 'naive'"), (dict(n_layers=0), "be positive"),
+    (dict(dim=30), "an even number"), (dict(n_kv_heads=3), "not divisible by n_kv_heads"),
+    (dict(dim=12), "an even number"), (dict(attention="flash"), "'sdpa' or 'naive'"), (dict(n_layers=0), "n_layers must be at least 1"), (dict(n_heads=0), "n_heads must be at least 1"),
 ])
 def test_impossible_shapes_are_refused(wrong, match):
     """In one sentence that names the numbers."""

@@ -194,13 +194,14 @@ def test_dropout_stays_off_where_two_answers_are_compared(tmp_path, stage):
 
 
 def test_epochs_count_the_steps(world, tmp_path):
-    """60 rows or fewer by packing, 4 an update: one epoch ends by itself, whatever --max_steps says."""
-    records = train_lines(start("rm", world, tmp_path, epochs=0.5, max_steps=1))
+    """Without --max_steps the epochs say how long the run is: half of 60 rows, 4 an update, the last update smaller."""
+    records = train_lines(start("rm", world, tmp_path, epochs=0.5, max_steps=0))
     assert records[-1]["step"] == math.ceil(30 / 4)
 
 
-def test_max_steps_counts_when_epochs_is_zero(world, tmp_path):
-    assert train_lines(start("rm", world, tmp_path, epochs=0.0, max_steps=2))[-1]["step"] == 2
+def test_max_steps_wins_over_the_epochs(world, tmp_path):
+    """A given --max_steps is never ignored: the epochs are only a default length."""
+    assert train_lines(start("rm", world, tmp_path, epochs=1.0, max_steps=2))[-1]["step"] == 2
 
 
 def test_muon_trains_every_stage(world, tmp_path):
