@@ -35,9 +35,10 @@ def main(stage, run_dir, command):
         if (before["command"], before["preset"]) == (shown, preset):
             print(f"[{stage}] already complete, skipped ({shown})", flush=True)
             return 0
-        for later in done.parent.glob("*.json"):               # what was made after the step that now runs again is stale
-            if later.stat().st_mtime_ns >= done.stat().st_mtime_ns:
-                later.unlink()
+        when = done.stat().st_mtime_ns
+        for record in list(done.parent.glob("*.json")):        # this step's, and of what was made after it: stale now
+            if record.stat().st_mtime_ns >= when:
+                record.unlink()
     print(f"\n[{stage}] $ {shown}", flush=True)
     began = time.time()
     child = subprocess.Popen([sys.executable, *command])

@@ -1,0 +1,44 @@
+"""nanollm/tools/step.py: what runs/speedrun.sh is made of."""
+import os
+
+from nanollm.tools import step
+
+
+def write_marker(path):
+    return ["-c", f"open({str(path)!r}, 'a', encoding='utf-8').write('x')"]
+
+
+def test_a_finished_step_is_skipped_and_a_changed_one_makes_later_ones_stale(tmp_path):
+    """The same command runs once; another command for the same stage runs, and what came after it runs again too."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    for _ in range(2):
+        assert step.main("a", tmp_path, write_marker(first)) == 0
+        assert step.main("b", tmp_path, write_marker(second)) == 0
+    assert first.read_text(encoding="utf-8") == second.read_text(encoding="utf-8") == "x"
+    os.utime(tmp_path / "steps" / "b.json", ns=(2**62, 2**62))
+    assert step.main("a", tmp_path, write_marker(tmp_path / "other")) == 0
+    assert step.main("b", tmp_path, write_marker(second)) == 0
+    assert second.read_text(encoding="utf-8") == "xx"
+
+
+def test_a_failed_step_is_not_complete(tmp_path, capfd):
+    """Its exit code is passed on, nothing is recorded, and the same command runs again."""
+    for _ in range(2):
+        assert step.main("a", tmp_path, ["-c", "import sys; sys.exit(3)"]) == 3
+    assert not (tmp_path / "steps" / "a.json").exists() and not (tmp_path / "stages.jsonl").exists()
+
+
+def test_a_step_waits_for_an_interrupted_child_to_save(tmp_path, monkeypatch):
+    """Ctrl-C reaches parent and child alike; the parent must wait for the child to end in its own time."""
+    real = step.subprocess.Popen.wait
+    calls = []
+
+    def wait(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(step.subprocess.Popen, "wait", wait)
+    assert step.main("a", tmp_path, write_marker(tmp_path / "saved")) == 0
+    assert (tmp_path / "saved").read_text(encoding="utf-8") == "x" and len(calls) == 2
