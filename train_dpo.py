@@ -2,7 +2,7 @@
 
     python train_dpo.py --config configs/demo/dpo.toml
     python train_dpo.py --init_from out/sft --data pairs.jsonl --beta 0.1
-    torchrun --standalone --nproc_per_node=4 train_dpo.py …            four GPUs, the same updates
+    torchrun --standalone --nproc_per_node=4 train_dpo.py --gradient_accumulation_steps 4      four GPUs
 
 Rafailov et al. 2023: the KL-regularised RL objective has a closed-form optimum, and putting it into the Bradley-Terry
 model turns preference learning into classification: no reward model, no sampling. At step 0 the loss is ln 2.

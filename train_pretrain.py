@@ -1,10 +1,11 @@
 """Pretraining: predict the next token, over token files made by prepare_data.py.
 
     python train_pretrain.py --config configs/demo/pretrain.toml                 one process, CPU or one GPU
-    torchrun --standalone --nproc_per_node=4 train_pretrain.py --data out/mine/tokens   four GPUs, the same updates
+    torchrun --standalone --nproc_per_node=4 train_pretrain.py --gradient_accumulation_steps 4      four GPUs
     python train_pretrain.py --data out/mine/tokens --dim 512 --n_layers 8 --n_heads 8  another shape
 
 Each update: gradient_accumulation_steps micro-batches of batch_size rows of max_seq_len tokens, over all ranks.
+The blocks marked "shared" are the same in all four training scripts; a test keeps them so.
 """
 import dataclasses
 import math

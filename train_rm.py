@@ -2,7 +2,7 @@
 
     python train_rm.py --config configs/demo/rm.toml
     python train_rm.py --init_from out/sft --data pairs.jsonl
-    torchrun --standalone --nproc_per_node=4 train_rm.py …             four GPUs, the same updates
+    torchrun --standalone --nproc_per_node=4 train_rm.py --gradient_accumulation_steps 4      four GPUs
 
 The SFT model's body with a head of one output; the score is read at the <|im_end|> that closes the answer.
 A separate model: it is trained on fixed pairs here, and frozen when a policy is trained against it.

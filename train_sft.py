@@ -2,7 +2,7 @@
 
     python train_sft.py --config configs/demo/sft.toml
     python train_sft.py --init_from out/pretrain --data chats.jsonl --val_data chats_val.jsonl
-    torchrun --standalone --nproc_per_node=4 train_sft.py …            four GPUs, the same updates
+    torchrun --standalone --nproc_per_node=4 train_sft.py --gradient_accumulation_steps 4      four GPUs
 
 Rows: OpenAI messages, ShareGPT, Firefly, alpaca, prompt/completion, prompt/answer. The loss covers what the assistant
 says and the <|im_end|> that closes it, nothing else, and is averaged over tokens, not over rows.

@@ -87,7 +87,7 @@ def find(path):
         print(f"warning: skipping {candidate}: a file is missing or truncated", flush=True)
     if candidates:
         raise UserError(f"every checkpoint in {path} is damaged; train again or name a good copy")
-    raise UserError(f"{path} holds no checkpoint; give a run directory such as out/demo/pretrain, or train one first")
+    raise UserError(f"{path} holds no checkpoint; give the directory of a finished run, or make the demo's with `bash runs/speedrun.sh`")
 
 
 def read(path, name):

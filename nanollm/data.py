@@ -54,7 +54,7 @@ class Sampler:
             raise UserError(f"--batch_size {batch_size} and --gradient_accumulation_steps {G} must be at least 1")
         if G % W:
             raise UserError(f"--gradient_accumulation_steps {G} counts the micro-batches of all ranks and must be divisible by "
-                            f"the {W} ranks; the nearest values are {max(1, G // W) * W} and {(G // W + 1) * W}")
+                            f"the {W} ranks; {f'the nearest values are {G // W * W} and {(G // W + 1) * W}' if G > W else f'the smallest value is {W}'}")
         self.n, self.seed, self.batch_size, self.G = n_rows, seed, batch_size, G
         self.rank, self.world_size = ctx.rank, W
         self.total = max(1, round(epochs * n_rows)) if epochs else None   # None = endless
