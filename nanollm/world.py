@@ -127,11 +127,10 @@ class Reader(Writer):
 # Every alternative shows at once in its first words, so that a Reader always knows which one it is in.
 
 
-def people(w, lang, kind, items):
-    """Names for which `items` has a combination on the right side of the held-out line, and those items for a name.
+def partners(w, kind, items):
+    """A function from a name to those `items` that go with it on w's side of the held-out line.
     w.held: False or True for a side of that line, None for both."""
-    allowed = lambda name: [i for i in items if w.held is None or held_out(kind, name, i) == w.held]
-    return [n for n in NAMES[lang] if allowed(n)], allowed
+    return lambda name: [i for i in items if w.held is None or held_out(kind, name, i) == w.held]
 
 
 def choose_or_copy(w, options, key):
@@ -144,8 +143,8 @@ def choose_or_copy(w, options, key):
 
 def opening_en(w, title=False):
     """Who lives where with which pet, and what was found. With a title the person and the pet are known from it."""
-    _, pets_of = people(w, "en", "pet", list(PETS))
-    _, objects_of = people(w, "en", "object", list(OBJECTS))
+    pets_of = partners(w, "pet", list(PETS))
+    objects_of = partners(w, "object", list(OBJECTS))
     names = [n for n in NAMES["en"] if pets_of(n) and objects_of(n)]
     starts = ["This is ", "Near the ", "Once upon a time "]
     start = w.choose(starts + ["A story about "] * title, "title")
@@ -238,8 +237,8 @@ def story_en(w, least=2, most=5, title=True):
 
 def opening_zh(w, title=False):
     zh = lambda table: list(table.values())
-    _, pets_of = people(w, "zh", "pet", zh(PETS))
-    _, objects_of = people(w, "zh", "object", zh(OBJECTS))
+    pets_of = partners(w, "pet", zh(PETS))
+    objects_of = partners(w, "object", zh(OBJECTS))
     names = [n for n in NAMES["zh"] if pets_of(n) and objects_of(n)]
     starts = ["这是", "从前，", "有一个孩子叫"]
     start = w.choose(starts + ["故事："] * title, "title")

@@ -153,7 +153,7 @@ def two(tmp_path_factory):
     """What each of the two ranks saw."""
     out = tmp_path_factory.mktemp("two")
     run_ranks("test_dist.worker", out)
-    return [torch.load(out / f"seen{r}.pt", weights_only=False) for r in range(2)]
+    return [torch.load(out / f"seen{r}.pt", weights_only=True) for r in range(2)]
 
 
 @pytest.fixture(scope="module")
