@@ -16,9 +16,11 @@ def test_a_finished_step_is_skipped_and_a_changed_one_makes_later_ones_stale(tmp
         assert step.main("b", tmp_path, write_marker(second)) == 0
     assert first.read_text(encoding="utf-8") == second.read_text(encoding="utf-8") == "x"
     os.utime(tmp_path / "steps" / "b.json", ns=(2**62, 2**62))
+    (tmp_path / "b" / "step_00000001").mkdir(parents=True)           # b is a training run made from what a left
     assert step.main("a", tmp_path, write_marker(tmp_path / "other")) == 0
     assert step.main("b", tmp_path, write_marker(second)) == 0
     assert second.read_text(encoding="utf-8") == "xx"
+    assert (tmp_path / "b.old" / "step_00000001").is_dir() and not (tmp_path / "b").exists()
 
 
 def test_a_failed_step_is_not_complete(tmp_path, capfd):

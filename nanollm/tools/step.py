@@ -8,6 +8,7 @@ their newest checkpoint. Seconds and peak memory go to RUN_DIR/stages.jsonl.
 """
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -39,6 +40,11 @@ def main(stage, run_dir, command):
         for record in list(done.parent.glob("*.json")):        # this step's, and of what was made after it: stale now
             if record.stat().st_mtime_ns >= when:
                 record.unlink()
+                run = run_dir / record.stem
+                if any(run.glob("step_*")):                    # a training run: set aside, or --resume auto would take it for done
+                    shutil.rmtree(f"{run}.old", ignore_errors=True)
+                    run.rename(f"{run}.old")
+                    print(f"[{stage}] has changed: {run} is made again, the old one is {run}.old", flush=True)
     print(f"\n[{stage}] $ {shown}", flush=True)
     began = time.time()
     child = subprocess.Popen([sys.executable, *command])
