@@ -118,6 +118,8 @@ def main(cfg):
         if text == "/reset":
             chat.reset()
             print("[forgotten]")
+        elif text.startswith("/"):
+            print("[/reset forgets the conversation, /exit ends; Ctrl-C stops an answer]")
         elif text:
             chat.answer(text)
 

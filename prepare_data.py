@@ -65,6 +65,7 @@ class Tokenizer:
     input: list = arg([], "a .jsonl file of {\"text\"} (default: OUT/dedup/documents.jsonl)")
     out: str = arg("out/data", OUT)
     vocab_size: int = arg(6400, "size of the vocabulary to train, control tokens included", unit="tokens")
+    han_run: int = arg(16, "most Han characters that may become one token; 1 = Chinese by character", least=1)
     kind: str = arg("bpe", "bpe: byte-level BPE; char: one id a character, the baseline (unknown ones are lost)")
     tokenizer: str = arg("", "use this one instead of training: a directory, .model, tokenizer.json or .tiktoken")
     force: bool = arg(False, "redo what is already there")
@@ -106,7 +107,6 @@ def demo(cfg):
     """Write the raw files of the embedded demo world: documents, chats, preference pairs, a multiple-choice test."""
     if cfg.size not in ("demo", "smoke"):
         raise UserError(f"--size: {cfg.size!r} is neither demo nor smoke")
-
     from nanollm import world                             # only this command needs it
 
     def work(out):
@@ -181,7 +181,7 @@ def tokenizer(cfg):
     given = tokenizers.load(cfg.tokenizer) if cfg.tokenizer else None
 
     def work(out):
-        tok, pattern = given, tokenizers.pattern_for(cfg.vocab_size)
+        tok, pattern = given, tokenizers.pattern_for(cfg.vocab_size, cfg.han_run)
         if tok is None:
             texts = (d["text"] for d in io.progress(documents, desc="tokenizer", unit=" docs"))
             if cfg.kind == "char":
@@ -198,7 +198,7 @@ def tokenizer(cfg):
         for name, c in carried.items():
             print(f"    {name}: {c['bytes_per_token']:.2f} bytes, {c['chars_per_token']:.2f} characters a token")
         return {"kind": tok.kind, "vocab_size": tok.vocab_size, "hash": tok.hash, **carried.pop("all"), **carried}
-    settings = {"kind": cfg.kind, "vocab_size": None if given else cfg.vocab_size, "tokenizer": given and given.hash}
+    settings = {"kind": cfg.kind, "vocab_size": None if given else cfg.vocab_size, "han_run": cfg.han_run, "tokenizer": given and given.hash}
     stage(cfg, "tokenizer", [documents.path], settings, [tokenizers, bpe], work)
 
 

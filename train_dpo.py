@@ -116,6 +116,8 @@ def main(cfg):
     epochs = 0.0 if cfg.max_steps else cfg.epochs
     sampler = Sampler(len(train), ctx, cfg.batch_size, cfg.gradient_accumulation_steps, cfg.seed, epochs)
     max_steps = sampler.steps(cfg.max_steps)
+    if cfg.warmup_steps >= max_steps:
+        print(f"note: these {max_steps} updates end inside the warmup of {cfg.warmup_steps}; lower --warmup_steps", flush=True)
     optimizer = make_optimizer(raw, cfg.optimizer, cfg.learning_rate, cfg.weight_decay, muon_lr=cfg.muon_lr)
     scaler = torch.amp.GradScaler(ctx.device.type, enabled=dtype == torch.float16)
     step, counters = checkpoint.resume(cfg.out_dir, cfg.resume, ctx, raw, optimizer, scaler, cfg, tokenizer)

@@ -77,7 +77,8 @@ def pretrain_loss(model, inputs, targets, segments):
 @torch.no_grad()
 def validate(model, val, ctx, autocast, cfg):
     """Mean loss over the validation split, its batches spread over the ranks, and bits per UTF-8 byte of text,
-    which, unlike loss per token, can be compared between tokenizers."""
+    which, unlike loss per token, can be compared between tokenizers (with the end of each document counted; evaluate.py
+    leaves it out)."""
     total = torch.zeros(2, device=ctx.device)
     order = permute(range(len(val)), len(val), key=0)        # the first --eval_batches must be a fair sample of the split
     batches = [order[i : i + cfg.batch_size] for i in range(0, len(val), cfg.batch_size)]
@@ -129,6 +130,8 @@ def main(cfg):
     epochs = 0.0 if cfg.max_steps else cfg.epochs
     sampler = Sampler(len(train), ctx, cfg.batch_size, cfg.gradient_accumulation_steps, cfg.seed, epochs)
     max_steps = sampler.steps(cfg.max_steps)
+    if cfg.warmup_steps >= max_steps:
+        print(f"note: these {max_steps} updates end inside the warmup of {cfg.warmup_steps}; lower --warmup_steps", flush=True)
     optimizer = make_optimizer(raw, cfg.optimizer, cfg.learning_rate, cfg.weight_decay, muon_lr=cfg.muon_lr)
     scaler = torch.amp.GradScaler(ctx.device.type, enabled=dtype == torch.float16)
     step, counters = checkpoint.resume(cfg.out_dir, cfg.resume, ctx, raw, optimizer, scaler, cfg, tokenizer)
@@ -136,7 +139,8 @@ def main(cfg):
     model = dist.DDP(dist.compiled(raw, cfg.compile), ctx).train()
     log = Logger(cfg.out_dir, ctx.main, step, max_steps, tokens)
     # [/shared]
-    print(f"{parameter_count(raw)} parameters | {flops_per_token(raw, T) / 1e6:.1f} MFLOP a token | {dtype} on {ctx.device}, "
+    parts = ", ".join(f"{name} {n:,}" for name, n in parameter_count(raw).items())
+    print(f"parameters: {parts}\n{flops_per_token(raw, T) / 1e6:.1f} MFLOP a token | {dtype} on {ctx.device}, "
           f"{ctx.world_size} rank(s)\n{len(train):,} rows of {T} | {sampler.rows_per_step * T:,} tokens an update "
           f"| {max_steps} updates = {max_steps * sampler.rows_per_step / len(train):.2f} epochs "
           f"| expected first loss ln {raw.args.vocab_size} = {math.log(raw.args.vocab_size):.2f}", flush=True)
@@ -174,7 +178,7 @@ def main(cfg):
                 loss_sum, _, _ = pretrain_loss(model, *(t if t is None else t.to(ctx.device) for t in batch))
             scaler.scale(loss_sum / count * ctx.world_size).backward()     # * world_size: DDP averages over ranks
             loss += loss_sum.detach()
-        metrics = {}
+        metrics = {}                                         # the loss says it all; the other stages count more
         # [shared:update]
         model.wait()                                         # the averaged gradients are in place, on every rank the same
         scaler.unscale_(optimizer)                           # clip the true gradient, not the scaled one

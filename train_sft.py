@@ -109,6 +109,8 @@ def main(cfg):
     epochs = 0.0 if cfg.max_steps else cfg.epochs
     sampler = Sampler(len(train), ctx, cfg.batch_size, cfg.gradient_accumulation_steps, cfg.seed, epochs)
     max_steps = sampler.steps(cfg.max_steps)
+    if cfg.warmup_steps >= max_steps:
+        print(f"note: these {max_steps} updates end inside the warmup of {cfg.warmup_steps}; lower --warmup_steps", flush=True)
     optimizer = make_optimizer(raw, cfg.optimizer, cfg.learning_rate, cfg.weight_decay, muon_lr=cfg.muon_lr)
     scaler = torch.amp.GradScaler(ctx.device.type, enabled=dtype == torch.float16)
     step, counters = checkpoint.resume(cfg.out_dir, cfg.resume, ctx, raw, optimizer, scaler, cfg, tokenizer)
@@ -155,7 +157,7 @@ def main(cfg):
                 loss_sum, _, _ = sft_loss(model, *(t if t is None else t.to(ctx.device) for t in batch))
             scaler.scale(loss_sum / count * ctx.world_size).backward()     # * world_size: DDP averages over ranks
             loss += loss_sum.detach()
-        metrics = {}
+        metrics = {}                                         # the loss says it all; preference stages count more
         # [shared:update]
         model.wait()                                         # the averaged gradients are in place, on every rank the same
         scaler.unscale_(optimizer)                           # clip the true gradient, not the scaled one

@@ -227,6 +227,8 @@ def read_rows(paths, out_dir=None, max_bad=0.1):
     for path in map(Path, paths):
         name = path.name.removesuffix(".gz")
         before = len(rows)
+        if path.is_dir():
+            raise UserError(f"--data {path} is a directory; name the files in it")
         try:
             if name.endswith(".parquet"):
                 import pyarrow.parquet as pq
@@ -464,6 +466,7 @@ class ChatRows:
     def __init__(self, rows, tok, max_seq_len, pack_rows=True, out_dir=None, max_bad=0.1):
         """rows: [(where, row)] as read_rows returns them."""
         self.pad_id, self.examples, self.questions, bad = tok.pad_id, [], [], []
+        shortened = 0
         for where, row in rows:
             try:
                 messages = to_messages(row)
@@ -471,11 +474,15 @@ class ChatRows:
                 if fitted is None:
                     raise ValueError(f"no answer token fits into --max_seq_len {max_seq_len}")
                 ids, mask = fitted
+                shortened += len(ids) > max_seq_len or ids.count(tok.im_end_id) < len(messages)
                 targets = [t if m else IGNORE_INDEX for t, m in zip(ids[1:], mask[1:])]
                 self.examples.append((ids[:-1], targets))
                 self.questions.append(next(m["content"] for m in messages if m["role"] == "user"))
             except ValueError as e:
                 bad.append((where, str(e), json.dumps(row, ensure_ascii=False, default=str)[:200]))
+        if shortened:
+            print(f"shortened {shortened} of {len(rows)} chats to --max_seq_len {max_seq_len}: late turns, the start of a question or "
+                  f"the end of an answer are left out", flush=True)
         report_bad(bad, len(rows), out_dir, max_bad)
         if not self.examples:
             raise UserError(f"no chat fits into --max_seq_len {max_seq_len}; raise it")
@@ -502,7 +509,7 @@ class PreferenceRows:
     def __init__(self, rows, tok, max_seq_len, out_dir=None, max_bad=0.1):
         """rows: [(where, row)] as read_rows returns them."""
         self.pad_id, self.pairs, self.questions, bad = tok.pad_id, [], [], []
-        too_long = 0
+        too_long = shortened = 0
         for where, row in rows:
             try:
                 prompt, chosen, rejected = to_preference(row)
@@ -510,10 +517,14 @@ class PreferenceRows:
                 if pair is None:
                     too_long += 1
                 else:
+                    shortened += pair[0].count(tok.im_end_id) < len(prompt) or sum(map(len, pair)) - min(map(len, pair[1:])) == max_seq_len
                     self.pairs.append(pair)
                     self.questions.append(prompt[-1]["content"])
             except ValueError as e:
                 bad.append((where, str(e), json.dumps(row, ensure_ascii=False, default=str)[:200]))
+        if shortened:
+            print(f"shortened {shortened} of {len(rows)} prompts to --max_seq_len {max_seq_len}: early turns or the start of a question are "
+                  f"left out", flush=True)
         if too_long:
             print(f"left out {too_long} of {len(rows)} pairs: an answer is longer than --max_seq_len {max_seq_len}", flush=True)
         report_bad(bad, len(rows), out_dir, max_bad)

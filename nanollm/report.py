@@ -33,7 +33,7 @@ GOALS = [
     ("sft.stop_rate", "SFT answers that end by themselves", "≥ 0.99", 0.99),
     ("rm.accuracy", "reward model prefers the better answer", "chance 0.5, ≥ 0.95", 0.95),
     ("dpo.win_rate", "DPO wins against the SFT model", "≥ 0.80", 0.80),
-    ("mc.accuracy", "multiple choice", "chance", "mc.chance"),
+    ("mc.accuracy", "multiple choice", "", None),
 ]
 
 
@@ -195,6 +195,8 @@ def goal_rows(report):
         value, limit = get(report, key), get(report, test) if isinstance(test, str) else test
         if isinstance(test, str):
             bound += f" {show(limit)}"
+        if key == "mc.accuracy":                             # no goal: it depends on how much the world's words repeat
+            bound = f"chance {show(report['mc']['chance'])}"
         if key == "dpo.win_rate":
             bound = f"itself {show(report['dpo']['win_rate_before'])}, {bound}"
         if key == "pretrain.val_loss":                       # here less is better, and 10 % above the floor is the limit
@@ -202,6 +204,8 @@ def goal_rows(report):
             above = value / floor - 1 if value is not None and floor else None
             bound = f"floor {show(floor)}, {bound}" + ("" if above is None else f": {100 * above:+.1f} %")
             limit, ok = test, above is not None and above <= test
+        elif isinstance(test, str):                          # what was planted, no less and no more
+            ok = value == limit
         else:
             ok = None not in (value, limit) and value >= limit
         verdict = "" if None in (value, limit) else "reached" if ok else "not reached"

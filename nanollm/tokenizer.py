@@ -36,7 +36,7 @@ GPT4_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[
                 r"|\s*[\r\n]|\s+(?!\S)|\s+")
 
 
-def pattern_for(vocab_size):
+def pattern_for(vocab_size, han_run=16):
     """The pre-tokenizer: a regex that cuts text into pieces; BPE never merges across two pieces.
 
     GPT-4's, with a branch of its own for Han characters (Chinese writes no blanks, so a whole clause would be one
@@ -49,7 +49,7 @@ def pattern_for(vocab_size):
     digits = r"\p{N}" if vocab_size <= 8192 else r"\p{N}{1,2}"
     return (r"'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])"                 # 's 'll …
             r"|[^\r\n\p{L}\p{N}]?(?:(?!\p{Han})\p{L}){1,32}"              # a word, with the blank before it
-            r"|\p{Han}{1,16}|" + digits +
+            rf"|\p{{Han}}{{1,{han_run}}}|" + digits +
             r"| ?[^\s\p{L}\p{N}]{1,32}[\r\n]{0,8}"                        # punctuation, with the line end after it
             r"|\s{0,31}[\r\n]|\s{1,32}(?!\S)|\s{1,32}")                   # the last blank is left to the next word
 

@@ -3,8 +3,8 @@
 A corpus whose every random choice is known has an exact entropy: the sum of -log p over the choices, the floor that no
 model's loss can pass. The same grammar functions write a document (`Writer` draws each choice) and read it back
 (`Reader` finds in the text which choice was made), so the text determines the choices, and any text of this world
-can be weighed. Questions have one right answer, preferences a stated rule (`rate`). Some combinations (a person
-with a certain pet or find, a question in a certain wording) are held out of everything trained on.
+can be weighed. Questions have one right answer, preferences a stated rule (`rate`). Some combinations (a person, a pet
+and its name; a person, a colour and a find; a question in a certain wording) are held out of everything trained on.
 """
 import csv
 import functools
@@ -44,7 +44,8 @@ THINGS = {"en": {"grass": "green", "snow": "white", "coal": "black", "the sky": 
           "zh": {"草": "绿色", "雪": "白色", "煤": "黑色", "天空": "蓝色", "太阳": "黄色", "大象": "灰色", "西红柿": "红色", "牛奶": "白色",
                  "香蕉": "黄色", "巧克力": "棕色", "树叶": "绿色", "大海": "蓝色"}}
 DICTIONARY = COLOURS | PETS | OBJECTS | PLACES | FOODS
-DIGITS = [str(d) for d in range(1, 10)]
+NUMBERS = {"en": "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen".split(),
+           "zh": [str(n) for n in range(1, 19)]}
 
 
 @functools.lru_cache(None)
@@ -64,8 +65,8 @@ class NotOfThisWorld(Exception):
 class Writer:
     """Draws each choice and writes it down. spans: (start, end, kind, nats) over the characters of the text."""
 
-    def __init__(self, rng, held=False, **forced):
-        self.rng, self.held, self.forced = rng, held, forced
+    def __init__(self, rng, held=False):
+        self.rng, self.held = rng, held
         self.text, self.spans, self.choices = "", [], {}
 
     def put(self, piece, kind, nats=0.0):
@@ -77,9 +78,7 @@ class Writer:
 
     def choose(self, options, key="", suffix=""):
         """One of `options` (strings), all equally likely, and write it: -log p = log of their number."""
-        chosen = self.forced[key] if key in self.forced else self.take([o + suffix for o in options]).removesuffix(suffix)
-        if chosen not in options:
-            raise NotOfThisWorld(chosen)
+        chosen = self.take([o + suffix for o in options]).removesuffix(suffix)
         self.put(chosen, "choice" if len(options) > 1 else "grammar", math.log(len(options)))
         if suffix:
             self.fix(suffix)
@@ -127,10 +126,28 @@ class Reader(Writer):
 # Every alternative shows at once in its first words, so that a Reader always knows which one it is in.
 
 
-def partners(w, kind, items):
-    """A function from a name to those `items` that go with it on w's side of the held-out line.
-    w.held: False or True for a side of that line, None for both."""
-    return lambda name: [i for i in items if w.held is None or held_out(kind, name, i) == w.held]
+@functools.lru_cache(None)
+def allowed(held, kind, known, items):
+    """Those `items` that complete the combination (*known, item) on one side of the held-out line (None: both)."""
+    return [i for i in items if held is None or held_out(kind, *known, i) == held]
+
+
+def words(table, lang):
+    return list(table) if lang == "en" else list(table.values())
+
+
+def called(w, N, pet, lang):
+    """The names that N may give to such a pet."""
+    return allowed(w.held, "pet", (N, pet), tuple(PET_NAMES[lang]))
+
+
+def pets_of(w, N, lang):
+    return [pet for pet in words(PETS, lang) if called(w, N, pet, lang)]
+
+
+def finds(w, N, colour, lang):
+    """The things of this colour that N may find."""
+    return allowed(w.held, "find", (N, colour), tuple(words(OBJECTS, lang)))
 
 
 def choose_or_copy(w, options, key):
@@ -141,40 +158,52 @@ def choose_or_copy(w, options, key):
     return w.choose(options, key)
 
 
+TITLES = {"en": ["A story about ", "The story of "], "zh": ["故事：", "一个故事："]}
+
+
+def home_en(w, N):
+    w.choose(list(PLACES), "home")
+    w.fix(".")
+
+
+def pet_en(w, N):
+    w.choose(list(COLOURS), "pet_colour")
+    w.fix(" ")
+    pet = choose_or_copy(w, pets_of(w, N, "en"), "pet")
+    w.fix(" called ")
+    choose_or_copy(w, called(w, N, pet, "en"), "pet_name")
+    w.fix(".")
+
+
+def find_en(w, N):
+    colour = w.choose([c for c in COLOURS if finds(w, N, c, "en")], "colour")
+    w.fix(" ")
+    w.choose(finds(w, N, colour, "en"), "object")
+    w.fix(".")
+
+
 def opening_en(w, title=False):
-    """Who lives where with which pet, and what was found. With a title the person and the pet are known from it."""
-    pets_of = partners(w, "pet", list(PETS))
-    objects_of = partners(w, "object", list(OBJECTS))
-    names = [n for n in NAMES["en"] if pets_of(n) and objects_of(n)]
-    starts = ["This is ", "Near the ", "Once upon a time "]
-    start = w.choose(starts + ["A story about "] * title, "title")
-    if start == "A story about ":
-        N = w.choose(names, "name")
+    """Who lives where with which pet, and what was found. With a title the person, the pet and its name are known from it."""
+    starts = ["This is ", "Meet ", "Do you know "]
+    start = w.choose(starts + TITLES["en"] * title, "title")
+    if start in TITLES["en"]:
+        N = w.choose(NAMES["en"], "name")
         w.fix(" and a ")
-        w.choose(pets_of(N), "pet")
+        pet = w.choose(pets_of(w, N, "en"), "pet")
+        w.fix(" called ")
+        w.choose(called(w, N, pet, "en"), "pet_name")
         w.fix(". ")
         start = w.choose(starts)
-    if start == "Near the ":
-        w.choose(list(PLACES), "home")
-        w.fix(" lives ")
-    N = choose_or_copy(w, names, "name")
-    if start != "Near the ":
-        w.line(". {N} lives near the " if start == "This is " else " lived near the ", N=N)
-        w.choose(list(PLACES), "home")
-    w.line(". {N} has a ", N=N)
-    pet = choose_or_copy(w, pets_of(N), "pet")
-    w.fix(" called ")
-    P = w.choose(PET_NAMES["en"], "pet_name")
-    w.line(". The {t} is ", t=pet)
-    w.choose(list(COLOURS), "pet_colour")
-    w.fix(". One ")
+    N = choose_or_copy(w, NAMES["en"], "name")
+    w.line("? {N} lives near the " if start == "Do you know " else ". {N} lives near the ", N=N)
+    home_en(w, N)
+    w.line(" {N} has a ", N=N)
+    pet_en(w, N)
+    w.fix(" One ")
     w.choose(list(WEATHER))
     w.line(" day {N} finds a ", N=N)
-    obj = w.choose(objects_of(N), "object")
-    w.line(". The {o} is ", o=obj)
-    w.choose(list(COLOURS), "colour")
-    w.fix(".")
-    return N, P
+    find_en(w, N)
+    return N, w.choices["pet_name"]
 
 
 EVENTS_EN = [" Then ", " Soon ", " After that ", " Later ", " But ", " In a box "]
@@ -192,7 +221,7 @@ def story_en(w, least=2, most=5, title=True):
             w.line("{N} and {P} go to the ", N=N, P=P)
             w.choose(list(PLACES))
             w.fix(" and see ")
-            w.choose(DIGITS[1:])
+            w.choose(NUMBERS["en"][1:9])
             w.fix(" ")
             w.choose(list(COLOURS))
             w.fix(" ")
@@ -201,19 +230,21 @@ def story_en(w, least=2, most=5, title=True):
         elif event == " Soon ":
             F = w.choose([f for f in NAMES["en"] if f != N])
             w.fix(" comes with a ")
-            w.choose(list(COLOURS))
+            c = w.choose(list(COLOURS))
             w.fix(" ")
             o = w.choose(list(OBJECTS))
-            w.line(". {N} asks: is this your {o}, {F}? {F} says: yes, it is my {o}.", N=N, o=o, F=F)
+            w.line(". {N} asks: is this your {c} {o}, {F}? {F} says: yes, it is my {c} {o}.", N=N, c=c, o=o, F=F)
         elif event == " After that ":
             w.line("{P} hides a ", P=P)
+            c = w.choose(list(COLOURS))
+            w.fix(" ")
             o = w.choose(list(OBJECTS))
             w.fix(" at the ")
-            w.choose(list(PLACES))
-            w.line(". {N} looks for the {o} and finds the {o}.", N=N, o=o)
+            place = w.choose(list(PLACES))
+            w.line(". {N} looks for the {c} {o} and sees the {c} {o} at the {p}.", N=N, c=c, o=o, p=place)
         elif event == " Later ":
             w.line("{N} gives {P} ", N=N, P=P)
-            n_food = w.choose(DIGITS[1:])
+            n_food = w.choose(NUMBERS["en"][1:9])
             w.fix(" ")
             food = w.choose(list(FOODS))
             w.line("s, and {P} eats all {n} {f}s.", P=P, n=n_food, f=food)
@@ -223,46 +254,52 @@ def story_en(w, least=2, most=5, title=True):
             w.line(". {N} asks: why are you {m}, {P}?", N=N, m=mood, P=P)
         else:
             w.line("{N} sees ", N=N)
-            for last in (False, False, True):
-                w.choose(DIGITS[1:])
-                w.fix(" ")
-                w.choose(list(COLOURS))
-                w.fix(" ")
-                w.choose(list(OBJECTS))
-                w.fix("s." if last else "s and ")
+            w.choose(NUMBERS["en"][1:9])
+            w.fix(" ")
+            w.choose(list(COLOURS))
+            w.fix(" ")
+            w.choose(list(OBJECTS))
+            w.fix("s.")
     w.line("{N} and {P} go home, and {N} is ", N=N, P=P)
     w.choose(list(MOODS))
     w.fix(".")
 
 
-def opening_zh(w, title=False):
-    zh = lambda table: list(table.values())
-    pets_of = partners(w, "pet", zh(PETS))
-    objects_of = partners(w, "object", zh(OBJECTS))
-    names = [n for n in NAMES["zh"] if pets_of(n) and objects_of(n)]
-    starts = ["这是", "从前，", "有一个孩子叫"]
-    start = w.choose(starts + ["故事："] * title, "title")
-    if start == "故事：":
-        N = w.choose(names, "name", "和")
-        w.choose(pets_of(N), "pet", "。")
-        start = w.choose(starts)
-    N = choose_or_copy(w, names, "name")
-    w.line("。{N}住在", N=N) if start == "这是" else w.fix("住在")
-    w.choose(zh(PLACES), "home", "。")
-    w.line("{N}有一只", N=N)
-    pet = choose_or_copy(w, pets_of(N), "pet")
+def home_zh(w, N):
+    w.choose(list(PLACES.values()), "home", "。")
+
+
+def pet_zh(w, N):
+    w.choose(list(COLOURS.values()), "pet_colour", "的")
+    pet = choose_or_copy(w, pets_of(w, N, "zh"), "pet")
     w.fix("，名字叫")
-    P = w.choose(PET_NAMES["zh"], "pet_name")
-    w.line("。{t}是", t=pet)
-    w.choose(zh(COLOURS), "pet_colour")
-    w.fix("的。一个")
-    w.choose(zh(WEATHER))
+    choose_or_copy(w, called(w, N, pet, "zh"), "pet_name")
+    w.fix("。")
+
+
+def find_zh(w, N):
+    colour = w.choose([c for c in COLOURS.values() if finds(w, N, c, "zh")], "colour", "的")
+    w.choose(finds(w, N, colour, "zh"), "object", "。")
+
+
+def opening_zh(w, title=False):
+    starts = ["这是", "从前有个孩子叫", "你认识"]
+    start = w.choose(starts + TITLES["zh"] * title, "title")
+    if start in TITLES["zh"]:
+        N = w.choose(NAMES["zh"], "name", "和")
+        pet = w.choose(pets_of(w, N, "zh"), "pet")
+        w.choose(called(w, N, pet, "zh"), "pet_name", "。")
+        start = w.choose(starts)
+    N = choose_or_copy(w, NAMES["zh"], "name")
+    w.line("吗？{N}住在" if start == "你认识" else "。{N}住在", N=N)
+    home_zh(w, N)
+    w.line("{N}有一只", N=N)
+    pet_zh(w, N)
+    w.fix("一个")
+    w.choose(list(WEATHER.values()))
     w.line("天，{N}找到了一个", N=N)
-    obj = w.choose(objects_of(N), "object", "。")
-    w.line("{o}是", o=obj)
-    w.choose(zh(COLOURS), "colour")
-    w.fix("的。")
-    return N, P
+    find_zh(w, N)
+    return N, w.choices["pet_name"]
 
 
 EVENTS_ZH = ["然后", "不久，", "后来", "接着", "可是", "在箱子里，"]
@@ -281,7 +318,7 @@ def story_zh(w, least=2, most=5, title=True):
             w.line("{N}和{P}去了", N=N, P=P)
             w.choose(zh(PLACES))
             w.fix("，看见了")
-            w.choose(DIGITS[1:])
+            w.choose(NUMBERS["zh"][1:9])
             w.fix("只")
             w.choose(zh(COLOURS))
             w.fix("的")
@@ -292,16 +329,18 @@ def story_zh(w, least=2, most=5, title=True):
             c = w.choose(zh(COLOURS))
             w.fix("的")
             o = w.choose(zh(OBJECTS), "", "。")
-            w.line("{N}问：{F}，这是你的{o}吗？{F}说：是的，这是我的{c}的{o}。", N=N, F=F, o=o, c=c)
+            w.line("{N}问：{F}，这是你的{c}的{o}吗？{F}说：是的，这是我的{c}的{o}。", N=N, F=F, o=o, c=c)
         elif event == "后来":
-            w.line("{P}把", P=P)
+            w.line("{P}把一个", P=P)
+            c = w.choose(zh(COLOURS))
+            w.fix("的")
             o = w.choose(zh(OBJECTS))
             w.fix("藏在")
             place = w.choose(zh(PLACES), "", "。")
-            w.line("{N}去找{o}，在{p}找到了{o}。", N=N, o=o, p=place)
+            w.line("{N}去找{c}的{o}，在{p}看见了{c}的{o}。", N=N, c=c, o=o, p=place)
         elif event == "接着":
             w.line("{N}给了{P}", N=N, P=P)
-            n_food = w.choose(DIGITS[1:])
+            n_food = w.choose(NUMBERS["zh"][1:9])
             w.fix("个")
             food = w.choose(zh(FOODS), "", "，")
             w.line("{P}把{n}个{f}都吃了。", P=P, n=n_food, f=food)
@@ -311,29 +350,29 @@ def story_zh(w, least=2, most=5, title=True):
             w.line("{N}问：{P}，你为什么{m}？", N=N, m=mood, P=P)
         else:
             w.line("{N}看见了", N=N)
-            for last in (False, False, True):
-                w.choose(DIGITS[1:])
-                w.fix("个")
-                w.choose(zh(COLOURS))
-                w.fix("的")
-                w.choose(zh(OBJECTS), "", "。" if last else "和")
+            w.choose(NUMBERS["zh"][1:9])
+            w.fix("个")
+            w.choose(zh(COLOURS))
+            w.fix("的")
+            w.choose(zh(OBJECTS), "", "。")
     w.line("{N}和{P}回家了，{N}很", N=N, P=P)
     w.choose(zh(MOODS), "", "。")
 
 
-def counts_from(a):
-    """Where a count that begins at the digit a may end."""
-    return [b for b in DIGITS if 2 <= int(b) - int(a) <= 5]
+def count(lang, a, b):
+    return {"en": ", ", "zh": "、"}[lang].join(NUMBERS[lang][a - 1 : b])
 
 
-def pair_of(w, kind, between):
-    """Two digits: the terms of a sum or the ends of a count."""
-    a = w.choose([a for a in DIGITS if kind == "sum" or counts_from(a)], "", between)
-    return a, w.choose(DIGITS if kind == "sum" else counts_from(a))
+# task -> the pairs of numbers it is about
+PAIRS = {"sum": [(a, b) for a in range(1, 10) for b in range(1, 10)],
+         "count": [(a, b) for a in range(1, 8) for b in range(a + 2, min(a + 5, 9) + 1)]}
 
 
-def count(a, b, comma):
-    return comma.join(str(i) for i in range(int(a), int(b) + 1))
+def pair_of(w, lang, task, between):
+    """Two small numbers: the terms of a sum or the ends of a count."""
+    number = NUMBERS[lang]
+    a = 1 + number.index(w.choose([number[a - 1] for a in sorted({a for a, _ in PAIRS[task]})], "", between))
+    return a, 1 + number.index(w.choose([number[b - 1] for first, b in PAIRS[task] if first == a]))
 
 
 def facts_en(w, least=6, most=10):
@@ -344,11 +383,11 @@ def facts_en(w, least=6, most=10):
         if kind == END:
             break
         if kind == "The sum of ":
-            a, b = pair_of(w, "sum", " and ")
-            w.line(" is {c}. ", c=str(int(a) + int(b)))
+            a, b = pair_of(w, "en", "sum", " and ")
+            w.line(" is {c}. ", c=NUMBERS["en"][a + b - 1])
         elif kind == "From ":
-            a, b = pair_of(w, "count", " to ")
-            w.line(" we count {l}. ", l=count(a, b, ", "))
+            a, b = pair_of(w, "en", "count", " to ")
+            w.line(" we count {l}. ", l=count("en", a, b))
         else:
             table = {"The opposite of ": both_ways("en"), "The colour of ": THINGS["en"], "The Chinese for ": DICTIONARY}[kind]
             word = w.choose(list(table), "", " is ")
@@ -363,11 +402,11 @@ def facts_zh(w, least=6, most=10):
         if kind == END:
             break
         if kind == "和：":
-            a, b = pair_of(w, "sum", "加")
-            w.line("等于{c}。", c=str(int(a) + int(b)))
+            a, b = pair_of(w, "zh", "sum", "加")
+            w.line("等于{c}。", c=NUMBERS["zh"][a + b - 1])
         elif kind == "从":
-            a, b = pair_of(w, "count", "数到")
-            w.line("：{l}。", l=count(a, b, "、"))
+            a, b = pair_of(w, "zh", "count", "数到")
+            w.line("：{l}。", l=count("zh", a, b))
         else:
             table, link = {"反义词：": (both_ways("zh"), "的反义词是"), "颜色：": (THINGS["zh"], "的颜色是"),
                            "英文：": ({zh: en for en, zh in DICTIONARY.items()}, "的英文是")}[kind]
@@ -384,26 +423,35 @@ def both_ways(lang):
 
 # task -> language -> (questions, full answer); the curt answer is {x} alone.
 TASKS = {
-    "sum": {"en": (["What is the sum of {a} and {b}?", "Tell me the sum of {a} and {b}."], "The sum of {a} and {b} is {x}."),
-            "zh": (["{a}加{b}等于几？", "请算一算{a}加{b}。"], "{a}加{b}等于{x}。")},
-    "opposite": {"en": (["What is the opposite of {w}?", "Tell me the opposite of {w}."],
-                        "The opposite of {w} is {x}."),
-                 "zh": (["{w}的反义词是什么？", "请告诉我{w}的反义词。"], "{w}的反义词是{x}。")},
-    "colour": {"en": (["What is the colour of {w}?", "Tell me the colour of {w}."], "The colour of {w} is {x}."),
-               "zh": (["{w}的颜色是什么？", "请告诉我{w}的颜色。"], "{w}的颜色是{x}。")},
-    "count": {"en": (["Count from {a} to {b}.", "Can you count from {a} to {b}?"],
-                     "From {a} to {b} we count {x}."),
-              "zh": (["请从{a}数到{b}。", "你会从{a}数到{b}吗？"], "从{a}数到{b}：{x}。")},
-    "translate": {"en": (["What is the Chinese for {w}?", "Tell me the Chinese for {w}."], "The Chinese for {w} is {x}."),
-                  "zh": (["{w}的英文是什么？", "请把{w}翻译成英文。"], "{w}的英文是{x}。")},
+    "sum": {"en": (["What is the sum of {a} and {b}?", "Tell me the sum of {a} and {b}.", "Do you know the sum of {a} and {b}?",
+                    "Please say the sum of {a} and {b}."], "The sum of {a} and {b} is {x}."),
+            "zh": (["{a}加{b}等于几？", "请算一算{a}加{b}。", "请问{a}加{b}是多少？", "告诉我{a}加{b}的结果。"], "{a}加{b}等于{x}。")},
+    "opposite": {"en": (["What is the opposite of {w}?", "Tell me the opposite of {w}.", "Do you know the opposite of {w}?",
+                         "Please say the opposite of {w}."], "The opposite of {w} is {x}."),
+                 "zh": (["{w}的反义词是什么？", "请告诉我{w}的反义词。", "你知道{w}的反义词吗？", "说说{w}的反义词。"], "{w}的反义词是{x}。")},
+    "colour": {"en": (["What is the colour of {w}?", "Tell me the colour of {w}.", "Do you know the colour of {w}?",
+                       "Please say the colour of {w}."], "The colour of {w} is {x}."),
+               "zh": (["{w}的颜色是什么？", "请告诉我{w}的颜色。", "你知道{w}的颜色吗？", "说说{w}的颜色。"], "{w}的颜色是{x}。")},
+    "count": {"en": (["Count from {a} to {b}.", "Can you count from {a} to {b}?", "Please count from {a} to {b}.",
+                      "Show me how to count from {a} to {b}."], "From {a} to {b} we count {x}."),
+              "zh": (["请从{a}数到{b}。", "你会从{a}数到{b}吗？", "从{a}数到{b}给我听。", "我想听你从{a}数到{b}。"], "从{a}数到{b}：{x}。")},
+    "translate": {"en": (["What is the Chinese for {w}?", "Tell me the Chinese for {w}.", "Do you know the Chinese for {w}?",
+                          "Please say the Chinese for {w}."], "The Chinese for {w} is {x}."),
+                  "zh": (["{w}的英文是什么？", "请告诉我{w}的英文。", "你知道{w}的英文吗？", "说说{w}的英文。"], "{w}的英文是{x}。")},
 }
-# about a story just told: what is asked -> question, full answer; the curt answer is {x} alone
-ABOUT = {"en": {"home": ("Where does {name} live?", "{name} lives near the {x}."), "pet": ("What pet does {name} have?", "{name} has a {x}."),
-                "pet_name": ("What is the {pet} called?", "The {pet} is called {x}."), "pet_colour": ("What colour is the {pet}?", "The {pet} is {x}."),
-                "object": ("What does {name} find?", "{name} finds a {x}."), "colour": ("What colour is the {object}?", "The {object} is {x}.")},
-         "zh": {"home": ("{name}住在哪里？", "{name}住在{x}。"), "pet": ("{name}有一只什么？", "{name}有一只{x}。"),
-                "pet_name": ("{pet}叫什么名字？", "{pet}名字叫{x}。"), "pet_colour": ("{pet}是什么颜色的？", "{pet}是{x}的。"),
-                "object": ("{name}找到了什么？", "{name}找到了一个{x}。"), "colour": ("{object}是什么颜色的？", "{object}是{x}的。")}}
+# about a story just told: what is asked -> question, full answer, and its {x}, which alone is the curt answer
+ABOUT = {"en": {"home": ("Where is {name}'s home?", "{name}'s home is near the {x}.", "{home}"),
+                "pet": ("What is {name}'s pet?", "{name}'s pet is a {x}.", "{pet_colour} {pet}"),
+                "pet_name": ("What is the {pet} called?", "The {pet} is called {x}.", "{pet_name}"),
+                "pet_colour": ("What colour is the {pet}?", "The {pet} is {x}.", "{pet_colour}"),
+                "object": ("What has {name} found?", "{name} has found a {x}.", "{colour} {object}"),
+                "colour": ("What colour is the {object}?", "The {object} is {x}.", "{colour}")},
+         "zh": {"home": ("{name}的家在哪里？", "{name}的家在{x}。", "{home}"),
+                "pet": ("{name}的宠物是什么？", "{name}的宠物是{x}。", "{pet_colour}的{pet}"),
+                "pet_name": ("{pet}叫什么名字？", "{pet}名字叫{x}。", "{pet_name}"),
+                "pet_colour": ("{pet}是什么颜色的？", "{pet}是{x}的。", "{pet_colour}"),
+                "object": ("{name}找到的是什么？", "{name}找到的是{x}。", "{colour}的{object}"),
+                "colour": ("{object}是什么颜色的？", "{object}是{x}的。", "{colour}")}}
 STOP = {"en": ".", "zh": "。"}
 
 
@@ -411,11 +459,10 @@ STOP = {"en": ".", "zh": "。"}
 def questions(task, lang, held=False):
     """Every question of a task on one side of the held-out line: [(question, full answer with {x}, x)]."""
     asks, full = TASKS[task][lang]
-    comma = ", " if lang == "en" else "、"
-    if task == "sum":
-        slots = [{"a": a, "b": b, "x": str(int(a) + int(b)), "key": a + b} for a in DIGITS for b in DIGITS]
-    elif task == "count":
-        slots = [{"a": a, "b": b, "x": count(a, b, comma), "key": a + b} for a in DIGITS for b in counts_from(a)]
+    number = NUMBERS[lang]
+    if task in PAIRS:
+        answer = (lambda a, b: number[a + b - 1]) if task == "sum" else (lambda a, b: count(lang, a, b))
+        slots = [{"a": number[a - 1], "b": number[b - 1], "x": answer(a, b), "key": f"{a} {b}"} for a, b in PAIRS[task]]
     else:
         table = {"opposite": both_ways(lang), "colour": THINGS[lang],
                  "translate": DICTIONARY if lang == "en" else {zh: en for en, zh in DICTIONARY.items()}}[task]
@@ -426,54 +473,73 @@ def questions(task, lang, held=False):
 
 def about(w, lang):
     """The questions about the story that w has told: [(question, full answer with {x}, x)]."""
-    return [(ask.format(**w.choices), full.format(**w.choices, x="{x}"), w.choices[key]) for key, (ask, full) in ABOUT[lang].items()]
+    return [(ask.format(**w.choices), full.format(**w.choices, x="{x}"), x.format(**w.choices)) for key, (ask, full, x) in ABOUT[lang].items()
+            if key in w.choices]
 
 
-def ask_and_answer(w, lang, table, least, most):
-    """A few questions and their full answers: each question is one free choice, each answer follows from it."""
-    ask, say, space = {"en": (" asks: ", " says: ", " "), "zh": ("问：", "说：", "")}[lang]
-    END = {"en": "Good.", "zh": "很好。"}[lang]
-    answers = {q: full.replace("{x}", x) for q, full, x in table}
-    others = [n for n in NAMES[lang] if n != w.choices.get("name")]           # whom a story was about is not in the room
-    teacher = w.choose(others)
-    w.fix({"en": " and ", "zh": "和"}[lang])
-    child = w.choose([n for n in others if n != teacher])
-    w.fix({"en": " learn. ", "zh": "在学习。"}[lang])
-    for n in range(most + 1):
-        if w.choose(([teacher] if n < most else []) + ([END] if n >= least else [])) == END:
-            break
-        w.fix(ask)
-        question = w.choose(list(answers), "", space) if space else w.choose(list(answers))
-        w.line("{c}" + say + "{x}" + space, c=child, x=answers[question])
+def ask_and_answer(w, lang, table, n):
+    """n of these questions and their full answers: each question is one free choice, each answer follows from it."""
+    space = {"en": " ", "zh": ""}[lang]
+    left = {space + q: space + full.replace("{x}", x) for q, full, x in table}
+    for _ in range(n):
+        w.copy(left.pop(w.choose(list(left))))
 
 
-def lesson_en(w):
-    w.fix("Lesson: ")
-    ask_and_answer(w, "en", [q for task in TASKS for q in questions(task, "en", w.held)], 3, 6)
+def lesson_en(w, n=5):
+    w.fix("Lesson:")
+    ask_and_answer(w, "en", [q for task in TASKS for q in questions(task, "en", w.held)], n)
+    w.fix(" Good.")
 
 
-def lesson_zh(w):
+def lesson_zh(w, n=5):
     w.fix("上课：")
-    ask_and_answer(w, "zh", [q for task in TASKS for q in questions(task, "zh", w.held)], 3, 6)
+    ask_and_answer(w, "zh", [q for task in TASKS for q in questions(task, "zh", w.held)], n)
+    w.fix("很好。")
 
 
-def reading_en(w):
+def notes_en(w, n=4):
+    """One fact and at once a question about it, a few times: the shortest way from a word to its copy."""
+    w.fix("Notes:")
+    names, facts = list(NAMES["en"]), {" lives near the ": (home_en, 1), " has a ": (pet_en, 2), " finds a ": (find_en, 1)}
+    for _ in range(n):
+        w.choices.clear()
+        w.fix(" ")
+        N = w.choose(names, "name")
+        names.remove(N)
+        tell, asked = facts[w.choose(list(facts))]
+        tell(w, N)
+        ask_and_answer(w, "en", about(w, "en"), asked)
+
+
+def notes_zh(w, n=4):
+    w.fix("笔记：")
+    names, facts = list(NAMES["zh"]), {"住在": (home_zh, 1), "有一只": (pet_zh, 2), "找到了一个": (find_zh, 1)}
+    for _ in range(n):
+        w.choices.clear()
+        N = w.choose(names, "name")
+        names.remove(N)
+        tell, asked = facts[w.choose(list(facts))]
+        tell(w, N)
+        ask_and_answer(w, "zh", about(w, "zh"), asked)
+
+
+def reading_en(w, n=5):
     w.fix("Reading: ")
     opening_en(w)
-    w.fix(" ")
-    ask_and_answer(w, "en", about(w, "en"), 2, 4)
+    ask_and_answer(w, "en", about(w, "en"), n)
 
 
-def reading_zh(w):
+def reading_zh(w, n=5):
     w.fix("阅读：")
     opening_zh(w)
-    ask_and_answer(w, "zh", about(w, "zh"), 2, 4)
+    ask_and_answer(w, "zh", about(w, "zh"), n)
 
 
 GRAMMAR = {"story_en": story_en, "story_zh": story_zh, "facts_en": facts_en, "facts_zh": facts_zh,
-           "lesson_en": lesson_en, "lesson_zh": lesson_zh, "reading_en": reading_en, "reading_zh": reading_zh}
-SHARE = {"story_en": 0.25, "story_zh": 0.20, "facts_en": 0.08, "facts_zh": 0.08,
-         "lesson_en": 0.10, "lesson_zh": 0.10, "reading_en": 0.10, "reading_zh": 0.09}
+           "lesson_en": lesson_en, "lesson_zh": lesson_zh, "notes_en": notes_en, "notes_zh": notes_zh,
+           "reading_en": reading_en, "reading_zh": reading_zh}
+SHARE = {"story_en": 0.13, "story_zh": 0.12, "facts_en": 0.03, "facts_zh": 0.03, "lesson_en": 0.08, "lesson_zh": 0.08,
+         "notes_en": 0.16, "notes_zh": 0.13, "reading_en": 0.12, "reading_zh": 0.12}
 
 
 @dataclass
@@ -521,8 +587,8 @@ RUDE = {"en": ["Why ask me? ", "How silly. "], "zh": ["问我干什么？", "真
 
 # lists of words that can stand for each other: a wrong answer should be wrong, not absurd
 ALIKE = [{"en": list(table), "zh": list(table.values())} for table in (PLACES, PETS, COLOURS, OBJECTS)] + [PET_NAMES]
-WRITE = {"en": ["Write a story about {N} and a {pet}.", "Tell me a story about {N} and a {pet}."],
-         "zh": ["请写一个关于{N}和{pet}的故事。", "给我讲一个{N}和{pet}的故事。"]}
+WRITE = {"en": ["Write a story about {name} and a {pet} called {pet_name}.", "Tell me a story about {name} and a {pet} called {pet_name}."],
+         "zh": ["请写一个关于{name}和{pet}{pet_name}的故事。", "给我讲一个{name}和{pet}{pet_name}的故事。"]}
 
 
 def exercise(rng, task, lang, held):
@@ -530,25 +596,22 @@ def exercise(rng, task, lang, held):
     A story has no curt and no wrong answer; it must be about the name and the pet in `must`."""
     w, story = Writer(rng, held), ""
     if task == "story":
-        w.forced["title"] = {"en": "A story about ", "zh": "故事："}[lang]
-        (story_en if lang == "en" else story_zh)(w, 1, 2)
-        must = {key: w.choices[key] for key in ("name", "pet")}
-        return rng.choice(WRITE[lang]).format(N=must["name"], pet=must["pet"]), w.text, None, None, must
+        (story_en if lang == "en" else story_zh)(w, 1, 2, title=False)
+        must = {key: w.choices[key] for key in ("name", "pet", "pet_name")}
+        return rng.choice(WRITE[lang]).format(**must), w.text, None, None, must
     if task == "about":
         (opening_en if lang == "en" else opening_zh)(w)
         table, story = about(w, lang), w.text + "\n"
     else:
         table = questions(task, lang, held)
     question, full, x = rng.choice(table)
-    if task == "sum":
-        wrong = str(int(x) + rng.choice((-1, 1, 2)))
+    if task == "about":                                      # one word exchanged, and no held-out combination
+        word, alike = next((word, table[lang]) for table in ALIKE for word in table[lang] if word in x)
+        known = w.choices
+        wrong = x.replace(word, rng.choice([other for other in alike if other != word and not held_out("pet", known["name"], known["pet"], other)
+                                            and not held_out("find", known["name"], other, known["object"])]))
     else:
-        if task == "about":                                  # another word of the same list, and no held-out combination
-            words = [v for table in ALIKE if x in table[lang] for v in table[lang]
-                     if not held_out("pet", w.choices["name"], v) and not held_out("object", w.choices["name"], v)]
-        else:
-            words = [other for _, _, other in questions(task, lang, False)]
-        wrong = rng.choice([other for other in words if other != x])
+        wrong = rng.choice([other for _, _, other in questions(task, lang, False) if other != x])
     return story + question, full.replace("{x}", x), x + STOP[lang], full.replace("{x}", wrong), {}
 
 

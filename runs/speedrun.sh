@@ -48,7 +48,8 @@ step report     -m nanollm.report --run_dir "$RUN"
 echo
 echo "--- a chat with the result"
 python chat.py --init_from "$RUN/dpo" --temperature 0 --repetition_penalty 1 --prompt \
-    "What is the sum of 3 and 4?" "请告诉我天空的颜色。" "What is the Chinese for garden?" "你会从3数到7吗？" "Write a story about Anna and a dog."
+    "What is the sum of three and four?" "请告诉我天空的颜色。" "What is the Chinese for garden?" "你会从3数到7吗？" \
+    "Write a story about Anna and a dog called Max."
 echo
 echo "report: $RUN/report.html"
 if [ -n "${MADE_VENV:-}" ]; then echo "enter the environment:  source .venv/bin/activate"; fi

@@ -46,7 +46,8 @@ def main(stage, run_dir, command):
                     run.rename(f"{run}.old")
                     print(f"[{stage}] has changed: {run} is made again, the old one is {run}.old", flush=True)
     print(f"\n[{stage}] $ {shown}", flush=True)
-    began = time.time()
+    began, spent = time.time(), done.with_suffix(".spent")        # seconds of earlier tries that did not end
+    earlier = float(spent.read_text(encoding="utf-8")) if spent.exists() else 0.0
     child = subprocess.Popen([sys.executable, *command])
     while True:
         try:
@@ -54,11 +55,14 @@ def main(stage, run_dir, command):
             break
         except KeyboardInterrupt:                              # the child got the Ctrl-C too: let it save and end by itself
             continue
+    seconds = round(earlier + time.time() - began, 1)
     if code:
+        spent.write_text(str(seconds), encoding="utf-8")
         print(f"[{stage}] ended with code {code}; the same command goes on where it stopped (bash runs/speedrun.sh --force "
               f"starts over)", file=sys.stderr, flush=True)
         return code
-    record = {"stage": stage, "seconds": round(time.time() - began, 1), "peak_rss_mb": peak_rss_mb(), "command": shown}
+    record = {"stage": stage, "seconds": seconds, "peak_rss_mb": peak_rss_mb(), "command": shown}
+    spent.unlink(missing_ok=True)
     done.write_text(json.dumps(record | {"preset": preset}), encoding="utf-8")
     with open(run_dir / "stages.jsonl", "a", encoding="utf-8") as f:
         f.write(json.dumps(record, ensure_ascii=False) + "\n")
