@@ -538,8 +538,8 @@ def reading_zh(w, n=5):
 GRAMMAR = {"story_en": story_en, "story_zh": story_zh, "facts_en": facts_en, "facts_zh": facts_zh,
            "lesson_en": lesson_en, "lesson_zh": lesson_zh, "notes_en": notes_en, "notes_zh": notes_zh,
            "reading_en": reading_en, "reading_zh": reading_zh}
-SHARE = {"story_en": 0.13, "story_zh": 0.12, "facts_en": 0.03, "facts_zh": 0.03, "lesson_en": 0.08, "lesson_zh": 0.08,
-         "notes_en": 0.16, "notes_zh": 0.13, "reading_en": 0.12, "reading_zh": 0.12}
+SHARE = {"story_en": 0.13, "story_zh": 0.12, "facts_en": 0.04, "facts_zh": 0.04, "lesson_en": 0.10, "lesson_zh": 0.10,
+         "notes_en": 0.13, "notes_zh": 0.11, "reading_en": 0.12, "reading_zh": 0.11}
 
 
 @dataclass
@@ -616,7 +616,7 @@ def exercise(rng, task, lang, held):
 
 
 TASK_NAMES = [*TASKS, "about", "story"]
-LEARN = [*TASKS, "opposite", "translate", "colour", "about", "about", "about", "story"]     # what is hard is practised more
+LEARN = [*TASKS, "sum", "sum", "opposite", "about", "about", "about", "story"]     # what is hard is practised more
 
 
 def styled(rng, lang, full, curt):
@@ -695,7 +695,7 @@ def preference_rows(n, split, seed=0):
         row = chat_row(rng, TASK_NAMES[len(rows) % (len(TASK_NAMES) - 1)], split == "val")
         lang, full = row["lang"], row["answer"]
         polite = rng.choice(POLITE[lang])
-        why = rng.choice(["plain", "rude", "truncated", "repetitive", "wrong", "curt"])
+        why = rng.choice(["plain", "rude", "truncated", "repetitive", "wrong", "wrong", "curt"])
         rejected = {"plain": full, "rude": rng.choice(RUDE[lang]) + full, "truncated": polite + full[: rng.randint(len(full) // 3, len(full) * 2 // 3)],
                     "repetitive": polite + full + (" " if lang == "en" else "") + full, "wrong": polite + str(row["wrong"]),
                     "curt": polite + row["accept"][-1]}[why]
@@ -722,7 +722,7 @@ def multiple_choice(n, seed=0):
 
 # ------------------------------------------------------------------------------------------------------- the files
 
-SIZES = {"demo": dict(documents=28000, near_copies=150, junk=60, chats=9000, val_chats=420, pairs=2000, val_pairs=240, choices=200),
+SIZES = {"demo": dict(documents=28000, near_copies=150, junk=60, chats=9000, val_chats=420, pairs=2400, val_pairs=240, choices=200),
          "smoke": dict(documents=600, near_copies=12, junk=9, chats=300, val_chats=28, pairs=120, val_pairs=16, choices=20)}
 
 
