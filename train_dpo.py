@@ -32,6 +32,7 @@ class Config:
     override_schedule: bool = arg(False, "allow --resume with other max_steps or learning-rate options")
     max_seq_len: int = arg(0, "longest row; 0 = the model's context", unit="tokens")
     beta: float = arg(0.1, "strength of the KL leash: larger keeps the policy nearer to the reference")
+    rpo_alpha: float = arg(0.0, "weight of the chosen answers' own cross-entropy (RPO): holds their probability up")
     # the run
     max_steps: int = arg(0, "length of the run and of the schedule; 0 = --epochs says it", unit="updates")
     epochs: float = arg(1.0, "passes over the data, unless --max_steps is given")
@@ -63,10 +64,12 @@ class Config:
     sample_prompts: list = arg([], "questions to answer greedily at each evaluation; none = the first validation questions")
 
 
-def preference_loss(model, reference, inputs, targets, beta):
+def preference_loss(model, reference, inputs, targets, beta, nll_weight=0.0):
     """inputs, targets (2B, T): chosen rows first, then rejected, in one forward pass. (sum, count, metrics).
 
-    reference is a frozen copy, or None with LoRA: the policy with its adapters switched off is the reference."""
+    reference is a frozen copy, or None with LoRA: the policy with its adapters switched off is the reference.
+    nll_weight * (sum of -log pi over the chosen answers) is added: DPO sees only the difference of the two sides, and
+    may lower both (RPO, Pang et al. 2024, eq. 2)."""
     logps, counts = sequence_logps(model(inputs), targets)                     # (2B,) sums over the answer's tokens
     with torch.no_grad():
         if reference is None:
@@ -74,7 +77,8 @@ def preference_loss(model, reference, inputs, targets, beta):
                 ref_logps, _ = sequence_logps(model(inputs), targets)
         else:
             ref_logps, _ = sequence_logps(reference(inputs), targets)
-    return dpo_loss(logps, ref_logps, counts, beta)
+    loss, count, metrics = dpo_loss(logps, ref_logps, counts, beta)
+    return loss - nll_weight * logps.chunk(2)[0].sum(), count, metrics
 
 
 @torch.no_grad()
@@ -128,7 +132,7 @@ def main(cfg):
     model.eval()                                             # dropout off: noise in the margin, and policy != reference
     print(f"{parameter_count(raw)['total']:,} parameters, {sum(p.numel() for p in raw.parameters() if p.requires_grad):,} trained "
           f"| {dtype} on {ctx.device}, {ctx.world_size} rank(s)\n{len(train):,} pairs | {sampler.rows_per_step} pairs an update "
-          f"| {max_steps} updates | expected first loss ln 2 = 0.6931", flush=True)
+          f"| {max_steps} updates | expected first loss ln 2 = 0.6931" + (" + rpo_alpha * NLL" if cfg.rpo_alpha else ""), flush=True)
 
     prompts = cfg.sample_prompts or val.questions[:3]
 
@@ -156,12 +160,14 @@ def main(cfg):
         # [/shared]
         batches = [train.batch(rows) for rows in sampler.micro_batches(step)]
         count = ctx.sum(sum((targets != IGNORE_INDEX).any(1).sum() for _, targets in batches) // 2)     # pairs on all ranks
+        chosen_tokens = ctx.sum(sum((targets.chunk(2)[0] != IGNORE_INDEX).sum() for _, targets in batches))
+        nll_weight = cfg.rpo_alpha * count / chosen_tokens.clamp(min=1)      # a mean over tokens beside DPO's mean over pairs
         tokens += int(ctx.sum(sum((inputs != tokenizer.pad_id).sum() for inputs, _ in batches)))
         loss, metrics = torch.zeros((), device=ctx.device), {}
         for micro_step, batch in enumerate(batches):
             model.sync = micro_step == len(batches) - 1      # gradients travel once an update, with the last micro-batch
             with autocast():
-                loss_sum, _, m = preference_loss(model, reference, *(t.to(ctx.device) for t in batch), cfg.beta)
+                loss_sum, _, m = preference_loss(model, reference, *(t.to(ctx.device) for t in batch), cfg.beta, nll_weight)
             scaler.scale(loss_sum / count * ctx.world_size).backward()     # * world_size: DDP averages over ranks
             loss += loss_sum.detach()
             metrics = {k: metrics.get(k, 0) + v for k, v in m.items()}

@@ -695,7 +695,7 @@ def preference_rows(n, split, seed=0):
         row = chat_row(rng, TASK_NAMES[len(rows) % (len(TASK_NAMES) - 1)], split == "val")
         lang, full = row["lang"], row["answer"]
         polite = rng.choice(POLITE[lang])
-        why = rng.choice(["plain", "rude", "truncated", "repetitive", "wrong", "wrong", "curt"])
+        why = rng.choice(["plain", "rude", "truncated", "repetitive", "curt", "wrong"] + ["wrong", "wrong"] * (split == "train"))
         rejected = {"plain": full, "rude": rng.choice(RUDE[lang]) + full, "truncated": polite + full[: rng.randint(len(full) // 3, len(full) * 2 // 3)],
                     "repetitive": polite + full + (" " if lang == "en" else "") + full, "wrong": polite + str(row["wrong"]),
                     "curt": polite + row["accept"][-1]}[why]

@@ -25,7 +25,7 @@ from conftest import tiny_tokenizer
 from nanollm import peft
 from nanollm.data import ChatRows, PreferenceRows
 from nanollm.hf import from_hf_state, to_hf_name
-from nanollm.losses import IGNORE_INDEX, dpo_loss, sequence_logps
+from nanollm.losses import IGNORE_INDEX, sequence_logps
 from nanollm.model import ModelArgs, RewardModel, Transformer
 from nanollm.tokenizer import CHAT_TEMPLATE, to_hf_json
 
@@ -220,9 +220,10 @@ def trl_stub():
         args=types.SimpleNamespace(discopop_tau=0.05, gradient_checkpointing_kwargs=None))
 
 
+@pytest.mark.parametrize("rpo_alpha", [0.0, 0.7])
 @pytest.mark.parametrize("seed", range(3))
-def test_dpo_loss_and_gradient_on_random_logits_equal_trls(seed):
-    """Value and gradient with respect to every logit, for ragged prompts and answers."""
+def test_dpo_loss_and_gradient_on_random_logits_equal_trls(seed, rpo_alpha):
+    """Value and gradient with respect to every logit, for ragged prompts and answers, also with the chosen answers' own loss."""
     g, B, V = torch.Generator().manual_seed(seed), 4, 13
 
     def ids(low, high):
@@ -232,16 +233,18 @@ def test_dpo_loss_and_gradient_on_random_logits_equal_trls(seed):
     logits = (3 * torch.randn(2 * B, T, V, generator=g)).requires_grad_()
     reference = 3 * torch.randn(2 * B, T, V, generator=g)
     targets = torch.where(batch["completion_mask"][:, 1:] == 1, batch["input_ids"][:, 1:], IGNORE_INDEX)
-    logps, counts = sequence_logps(logits[:, :-1], targets)
-    ref_logps, _ = sequence_logps(reference[:, :-1], targets)
-    loss, count, _ = dpo_loss(logps, ref_logps, counts, 0.1)
+    ref_logps, counts = sequence_logps(reference[:, :-1], targets)
+    loss, count, _ = train_dpo.preference_loss(lambda inputs: logits[:, :-1], lambda inputs: reference[:, :-1], None, targets, 0.1,
+                                               rpo_alpha * B / counts[:B].sum())
     ours, = torch.autograd.grad(loss / count, logits)
 
     class Model(torch.nn.Module):
         def forward(self, **inputs):
             return types.SimpleNamespace(logits=logits)
     inputs = {**batch, "ref_chosen_logps": ref_logps[:B], "ref_rejected_logps": ref_logps[B:]}
-    want = DPOTrainer._compute_loss(trl_stub(), Model(), inputs, False)
+    stub = trl_stub()
+    stub.loss_types, stub.loss_weights = ["sigmoid", "sft"], [1.0, rpo_alpha]
+    want = DPOTrainer._compute_loss(stub, Model(), inputs, False)
     theirs, = torch.autograd.grad(want, logits)
     assert (loss / count).item() == pytest.approx(want.item(), abs=1e-6)
     assert (ours - theirs).abs().max() < 1e-6 and theirs.abs().max() > 1e-3

@@ -243,9 +243,9 @@ def held(text):
 def test_documents_hold_no_held_out_combination(smoke, texts):
     """Persons' pets and finds and the questions, of the file and of 1500 more documents; and not because none is found."""
     seen = Counter()
-    for text in texts + [doc.text for doc in world.documents(1500, seed=5)]:
+    for text in [t for t in texts if world.parse(t)] + [doc.text for doc in world.documents(1500, seed=5)]:     # near copies misspell words
         seen.update(c[0] for c in combinations(text))
-        assert clean(text)[1] or not any(held(text)), text
+        assert not any(held(text)), text
     assert min(seen[k] for k in ("pet", "find", *world.TASKS)) > 50
     for kind in world.GRAMMAR:                               # and the reader tells the two sides apart
         for doc in written(kind, 30, held=True):
