@@ -118,7 +118,7 @@ def main(cfg):
         if text == "/reset":
             chat.reset()
             print("[forgotten]")
-        elif text.startswith("/"):
+        elif text in ("/help", "/?", "/quit"):
             print("[/reset forgets the conversation, /exit ends; Ctrl-C stops an answer]")
         elif text:
             chat.answer(text)

@@ -124,7 +124,10 @@ def demo(cfg):
           f"stop rate {numbers['sft']['stop_rate']:.3f}")
 
     reward, reward_tok, _ = checkpoint.load(root / "rm", device, "reward")
-    numbers["rm"] = evaluation.rm_accuracy(reward, PreferenceRows(read_rows([raw / "prefs_val.jsonl"]), reward_tok, reward.args.max_seq_len))
+    pairs = read_rows([raw / "prefs_val.jsonl"])
+    accuracy = lambda rows: evaluation.rm_accuracy(reward, PreferenceRows(rows, reward_tok, reward.args.max_seq_len))
+    numbers["rm"] = accuracy(pairs)
+    numbers["rm"]["by_why"] = {why: accuracy([p for p in pairs if p[1]["why"] == why]) for why in sorted({row["why"] for _, row in pairs})}
     print(f"rm         accuracy {numbers['rm']['accuracy']:.3f} ± {numbers['rm']['stderr']:.3f} of {numbers['rm']['n']} pairs")
 
     # Everything is sampled at temperature 1. The rival is always the SFT model's sample under its own seed; the SFT

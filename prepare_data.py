@@ -198,7 +198,7 @@ def tokenizer(cfg):
         for name, c in carried.items():
             print(f"    {name}: {c['bytes_per_token']:.2f} bytes, {c['chars_per_token']:.2f} characters a token")
         return {"kind": tok.kind, "vocab_size": tok.vocab_size, "hash": tok.hash, **carried.pop("all"), **carried}
-    settings = {"kind": cfg.kind, "vocab_size": None if given else cfg.vocab_size, "han_run": cfg.han_run, "tokenizer": given and given.hash}
+    settings = {"tokenizer": given.hash} if given else {"kind": cfg.kind, "vocab_size": cfg.vocab_size, "han_run": cfg.han_run}
     stage(cfg, "tokenizer", [documents.path], settings, [tokenizers, bpe], work)
 
 

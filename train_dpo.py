@@ -88,8 +88,9 @@ def validate(model, reference, val, ctx, autocast, cfg):
     batches = [range(i, min(i + cfg.batch_size, len(val))) for i in range(0, len(val), cfg.batch_size)]
     for batch in batches[ctx.rank :: ctx.world_size] or [[]]:               # a rank without a batch joins the sums with zeros
         inputs, targets = (t.to(ctx.device) for t in val.batch(batch))
+        nll_weight = cfg.rpo_alpha * len(targets) / 2 / (targets.chunk(2)[0] != IGNORE_INDEX).sum().clamp(min=1)
         with autocast():
-            loss, count, metrics = preference_loss(model, reference, inputs, targets, cfg.beta)
+            loss, count, metrics = preference_loss(model, reference, inputs, targets, cfg.beta, nll_weight)
         total += torch.stack([loss, count])
         sums = {k: sums.get(k, 0) + v for k, v in metrics.items()}
     loss, count = ctx.sum(total).tolist()

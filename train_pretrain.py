@@ -178,7 +178,7 @@ def main(cfg):
                 loss_sum, _, _ = pretrain_loss(model, *(t if t is None else t.to(ctx.device) for t in batch))
             scaler.scale(loss_sum / count * ctx.world_size).backward()     # * world_size: DDP averages over ranks
             loss += loss_sum.detach()
-        metrics = {}                                         # the loss says it all; the other stages count more
+        metrics = {}                                         # the loss says it all; preference stages count more
         # [shared:update]
         model.wait()                                         # the averaged gradients are in place, on every rank the same
         scaler.unscale_(optimizer)                           # clip the true gradient, not the scaled one

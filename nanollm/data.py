@@ -474,7 +474,7 @@ class ChatRows:
                 if fitted is None:
                     raise ValueError(f"no answer token fits into --max_seq_len {max_seq_len}")
                 ids, mask = fitted
-                shortened += len(ids) > max_seq_len or ids.count(tok.im_end_id) < len(messages)
+                shortened += ids != render(tok, messages)[0]
                 targets = [t if m else IGNORE_INDEX for t, m in zip(ids[1:], mask[1:])]
                 self.examples.append((ids[:-1], targets))
                 self.questions.append(next(m["content"] for m in messages if m["role"] == "user"))
@@ -517,7 +517,7 @@ class PreferenceRows:
                 if pair is None:
                     too_long += 1
                 else:
-                    shortened += pair[0].count(tok.im_end_id) < len(prompt) or sum(map(len, pair)) - min(map(len, pair[1:])) == max_seq_len
+                    shortened += pair[0] != render(tok, prompt, True)[0]
                     self.pairs.append(pair)
                     self.questions.append(prompt[-1]["content"])
             except ValueError as e:

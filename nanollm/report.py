@@ -25,7 +25,7 @@ STAGES = {"pretrain": "Pretraining 预训练", "sft": "Supervised fine-tuning �
 # key, what it says, its bound in words, and what it is to reach: a number, or the key of the number beside it
 GOALS = [
     ("clean.dropped", "junk documents dropped by cleaning", "all that were planted:", "clean.planted"),
-    ("dedup.removed", "near-duplicates removed", "all that were planted:", "dedup.planted"),
+    ("dedup.planted_found", "planted near-duplicates removed", "all that were planted:", "dedup.planted"),
     ("tokenizer.bytes_per_token", "bytes per token", "", None),
     ("pretrain.val_loss", "validation loss, nats a token", "at most 10 % above it", 0.10),
     ("pretrain.bits_per_byte", "validation bits per byte", "", None),
@@ -72,16 +72,18 @@ def collect(run_dir):
         raise UserError(f"--run_dir: {run_dir} is not a directory; `bash runs/speedrun.sh` makes out/demo")
     dropped, removed, tokens, truth, numbers = (read_json(run_dir / name) for name in (
         "clean/report.json", "dedup/report.json", "tokens/train.json", "raw/truth.json", "eval.json"))
+    planted, gone = truth.get("dedup_planted_lines"), read_lines(run_dir / "dedup/removed.jsonl")     # others may go too, if near
+    found = sum(int(row["id"].rsplit(":", 1)[1]) in planted for row in gone) if planted else None
     stages = {row["stage"]: row for row in read_lines(run_dir / "stages.jsonl") if "stage" in row}   # the last try counts
     curves = {stage: read_lines(run_dir / stage / "metrics.jsonl") for stage in STAGES}
     report = {
         "clean": {"dropped": total(dropped.get("dropped")), "planted": total(truth.get("clean_planted")),
                   "by_reason": {"dropped": dropped.get("dropped"), "planted": truth.get("clean_planted")}},
-        "dedup": {"removed": removed.get("removed"), "planted": truth.get("dedup_planted")},
+        "dedup": {"removed": removed.get("removed"), "planted": truth.get("dedup_planted"), "planted_found": found},
         "tokenizer": {"bytes_per_token": tokens["n_bytes"] / (tokens["n_tokens"] - tokens["n_docs"]) if tokens else None},
         "pretrain": {k: get(numbers, f"pretrain.{k}") for k in ("val_loss", "entropy_floor", "bits_per_byte", "by_kind")},
         "sft": {k: get(numbers, f"sft.{k}") for k in ("exact_match", "stop_rate", "by_task")},
-        "rm": {"accuracy": get(numbers, "rm.accuracy")},
+        "rm": {k: get(numbers, f"rm.{k}") for k in ("accuracy", "by_why")},
         "dpo": {k: get(numbers, f"dpo.{k}") for k in ("win_rate", "win_rate_before")},
         "mc": {k: get(numbers, f"mc.{k}") for k in ("accuracy", "chance")},
         "seconds": {name: row.get("seconds") for name, row in stages.items()},
@@ -165,7 +167,7 @@ def charts(stage, lines, report):
 
     def both(key):
         return [("train 训练", curve(f"train/{key}")), ("validation 验证", curve(f"val/{key}"))]
-    floor = report["pretrain"]["entropy_floor"] if stage == "pretrain" else math.log(2) if stage in ("rm", "dpo") else None
+    floor = report["pretrain"]["entropy_floor"] if stage == "pretrain" else math.log(2) if stage == "rm" else None
     label = "entropy floor 熵下界" if stage == "pretrain" else "ln 2: knows nothing"
     pictures = [chart("Loss 损失", both("loss"), "nats a token" if stage in ("pretrain", "sft") else "nats a pair", floor, label)]
     if stage == "pretrain":                                  # where ln V no longer presses the rest flat
@@ -195,7 +197,7 @@ def goal_rows(report):
         value, limit = get(report, key), get(report, test) if isinstance(test, str) else test
         if isinstance(test, str):
             bound += f" {show(limit)}"
-        if key == "mc.accuracy":                             # no goal: it depends on how much the world's words repeat
+        if key == "mc.accuracy":                             # chance is where knowing nothing stands, not a goal
             bound = f"chance {show(report['mc']['chance'])}"
         if key == "dpo.win_rate":
             bound = f"itself {show(report['dpo']['win_rate_before'])}, {bound}"
@@ -222,6 +224,9 @@ def tables(report, stages):
     if tasks := report["sft"]["by_task"]:
         out.append(("SFT by task 按任务", ("task", "exact match", "questions"), [
             (task, show(t["exact_match"]), show(t["n"])) for task, t in tasks.items()]))
+    if kinds := report["rm"]["by_why"]:
+        out.append(("Reward model by what is wrong with the rejected answer 按错处", ("rejected is", "accuracy", "pairs"), [
+            (why, show(k["accuracy"]), show(k["n"])) for why, k in kinds.items()]))
     rows = [(s["stage"], clock(s.get("seconds") or 0), show(s.get("peak_rss_mb")), s.get("command", "")) for s in stages]
     rows.append(("total", clock(sum(s.get("seconds") or 0 for s in stages)),
                  show(max((s.get("peak_rss_mb") or 0 for s in stages), default=None)), ""))

@@ -39,8 +39,8 @@ GPT4_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[
 def pattern_for(vocab_size, han_run=16):
     """The pre-tokenizer: a regex that cuts text into pieces; BPE never merges across two pieces.
 
-    GPT-4's, with a branch of its own for Han characters (Chinese writes no blanks, so a whole clause would be one
-    piece and punctuation would stick to it) and every repetition bounded: pieces are short whatever the text, so
+    GPT-4's, with a branch of its own for Han characters, at most han_run of them (Chinese writes no blanks, so a whole clause would be
+    one piece and punctuation would stick to it; 1 is Chinese by character) and every repetition bounded: pieces are short whatever the text, so
     encoding takes linear time and no engine runs out of stack on a million blanks. Digits stand alone in a small
     vocabulary and by two in a large one, else numbers eat it. The same string works in Python's `regex`, tiktoken's
     fancy-regex and Oniguruma (Hugging Face): hence no (?i), no `$` and no possessive braces, which differ. (Each engine

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import random
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,11 +47,16 @@ THINGS = {"en": {"grass": "green", "snow": "white", "coal": "black", "the sky": 
 DICTIONARY = COLOURS | PETS | OBJECTS | PLACES | FOODS
 NUMBERS = {"en": "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen".split(),
            "zh": [str(n) for n in range(1, 19)]}
+SEVERAL = {lang: numbers[1:9] for lang, numbers in NUMBERS.items()}        # two to nine: what can be seen or eaten of a kind
+
+
+def words(table, lang):
+    return list(table) if lang == "en" else list(table.values())
 
 
 @functools.lru_cache(None)
 def held_out(kind, *combination):
-    """True for about one combination in six: it occurs in no training file. Stable everywhere (no salted hash)."""
+    """True for about one combination in six: no training file tells it. Stable everywhere (no salted hash)."""
     digest = hashlib.blake2b(repr((kind, *combination)).encode("utf-8"), digest_size=8).digest()
     return digest[0] % 6 == 0
 
@@ -130,10 +136,6 @@ class Reader(Writer):
 def allowed(held, kind, known, items):
     """Those `items` that complete the combination (*known, item) on one side of the held-out line (None: both)."""
     return [i for i in items if held is None or held_out(kind, *known, i) == held]
-
-
-def words(table, lang):
-    return list(table) if lang == "en" else list(table.values())
 
 
 def called(w, N, pet, lang):
@@ -221,7 +223,7 @@ def story_en(w, least=2, most=5, title=True):
             w.line("{N} and {P} go to the ", N=N, P=P)
             w.choose(list(PLACES))
             w.fix(" and see ")
-            w.choose(NUMBERS["en"][1:9])
+            w.choose(SEVERAL["en"])
             w.fix(" ")
             w.choose(list(COLOURS))
             w.fix(" ")
@@ -244,7 +246,7 @@ def story_en(w, least=2, most=5, title=True):
             w.line(". {N} looks for the {c} {o} and sees the {c} {o} at the {p}.", N=N, c=c, o=o, p=place)
         elif event == " Later ":
             w.line("{N} gives {P} ", N=N, P=P)
-            n_food = w.choose(NUMBERS["en"][1:9])
+            n_food = w.choose(SEVERAL["en"])
             w.fix(" ")
             food = w.choose(list(FOODS))
             w.line("s, and {P} eats all {n} {f}s.", P=P, n=n_food, f=food)
@@ -254,7 +256,7 @@ def story_en(w, least=2, most=5, title=True):
             w.line(". {N} asks: why are you {m}, {P}?", N=N, m=mood, P=P)
         else:
             w.line("{N} sees ", N=N)
-            w.choose(NUMBERS["en"][1:9])
+            w.choose(SEVERAL["en"])
             w.fix(" ")
             w.choose(list(COLOURS))
             w.fix(" ")
@@ -266,11 +268,11 @@ def story_en(w, least=2, most=5, title=True):
 
 
 def home_zh(w, N):
-    w.choose(list(PLACES.values()), "home", "。")
+    w.choose(words(PLACES, "zh"), "home", "。")
 
 
 def pet_zh(w, N):
-    w.choose(list(COLOURS.values()), "pet_colour", "的")
+    w.choose(words(COLOURS, "zh"), "pet_colour", "的")
     pet = choose_or_copy(w, pets_of(w, N, "zh"), "pet")
     w.fix("，名字叫")
     choose_or_copy(w, called(w, N, pet, "zh"), "pet_name")
@@ -278,7 +280,7 @@ def pet_zh(w, N):
 
 
 def find_zh(w, N):
-    colour = w.choose([c for c in COLOURS.values() if finds(w, N, c, "zh")], "colour", "的")
+    colour = w.choose([c for c in words(COLOURS, "zh") if finds(w, N, c, "zh")], "colour", "的")
     w.choose(finds(w, N, colour, "zh"), "object", "。")
 
 
@@ -296,7 +298,7 @@ def opening_zh(w, title=False):
     w.line("{N}有一只", N=N)
     pet_zh(w, N)
     w.fix("一个")
-    w.choose(list(WEATHER.values()))
+    w.choose(words(WEATHER, "zh"))
     w.line("天，{N}找到了一个", N=N)
     find_zh(w, N)
     return N, w.choices["pet_name"]
@@ -306,7 +308,6 @@ EVENTS_ZH = ["然后", "不久，", "后来", "接着", "可是", "在箱子里�
 
 
 def story_zh(w, least=2, most=5, title=True):
-    zh = lambda table: list(table.values())
     N, P = opening_zh(w, title)
     left, END = list(EVENTS_ZH), "最后，"
     for n in range(most + 1):
@@ -316,47 +317,47 @@ def story_zh(w, least=2, most=5, title=True):
         left.remove(event)
         if event == "然后":
             w.line("{N}和{P}去了", N=N, P=P)
-            w.choose(zh(PLACES))
+            w.choose(words(PLACES, "zh"))
             w.fix("，看见了")
-            w.choose(NUMBERS["zh"][1:9])
+            w.choose(SEVERAL["zh"])
             w.fix("只")
-            w.choose(zh(COLOURS))
+            w.choose(words(COLOURS, "zh"))
             w.fix("的")
-            w.choose(zh(PETS), "", "。")
+            w.choose(words(PETS, "zh"), "", "。")
         elif event == "不久，":
             F = w.choose([f for f in NAMES["zh"] if f != N])
             w.fix("拿来一个")
-            c = w.choose(zh(COLOURS))
+            c = w.choose(words(COLOURS, "zh"))
             w.fix("的")
-            o = w.choose(zh(OBJECTS), "", "。")
+            o = w.choose(words(OBJECTS, "zh"), "", "。")
             w.line("{N}问：{F}，这是你的{c}的{o}吗？{F}说：是的，这是我的{c}的{o}。", N=N, F=F, o=o, c=c)
         elif event == "后来":
             w.line("{P}把一个", P=P)
-            c = w.choose(zh(COLOURS))
+            c = w.choose(words(COLOURS, "zh"))
             w.fix("的")
-            o = w.choose(zh(OBJECTS))
+            o = w.choose(words(OBJECTS, "zh"))
             w.fix("藏在")
-            place = w.choose(zh(PLACES), "", "。")
+            place = w.choose(words(PLACES, "zh"), "", "。")
             w.line("{N}去找{c}的{o}，在{p}看见了{c}的{o}。", N=N, c=c, o=o, p=place)
         elif event == "接着":
             w.line("{N}给了{P}", N=N, P=P)
-            n_food = w.choose(NUMBERS["zh"][1:9])
+            n_food = w.choose(SEVERAL["zh"])
             w.fix("个")
-            food = w.choose(zh(FOODS), "", "，")
+            food = w.choose(words(FOODS, "zh"), "", "，")
             w.line("{P}把{n}个{f}都吃了。", P=P, n=n_food, f=food)
         elif event == "可是":
             w.line("{P}很", P=P)
-            mood = w.choose(zh(MOODS), "", "。")
+            mood = w.choose(words(MOODS, "zh"), "", "。")
             w.line("{N}问：{P}，你为什么{m}？", N=N, m=mood, P=P)
         else:
             w.line("{N}看见了", N=N)
-            w.choose(NUMBERS["zh"][1:9])
+            w.choose(SEVERAL["zh"])
             w.fix("个")
-            w.choose(zh(COLOURS))
+            w.choose(words(COLOURS, "zh"))
             w.fix("的")
-            w.choose(zh(OBJECTS), "", "。")
+            w.choose(words(OBJECTS, "zh"), "", "。")
     w.line("{N}和{P}回家了，{N}很", N=N, P=P)
-    w.choose(zh(MOODS), "", "。")
+    w.choose(words(MOODS, "zh"), "", "。")
 
 
 def count(lang, a, b):
@@ -585,34 +586,34 @@ def parse(text, held=False):
 POLITE = {"en": ["Sure! ", "Of course! "], "zh": ["好的！", "当然！"]}
 RUDE = {"en": ["Why ask me? ", "How silly. "], "zh": ["问我干什么？", "真笨。"]}
 
-# lists of words that can stand for each other: a wrong answer should be wrong, not absurd
-ALIKE = [{"en": list(table), "zh": list(table.values())} for table in (PLACES, PETS, COLOURS, OBJECTS)] + [PET_NAMES]
+# the words that can stand in a place: a wrong answer should be wrong, not absurd
+ALIKE = {"home": PLACES, "pet": PETS, "pet_colour": COLOURS, "object": OBJECTS, "colour": COLOURS}
 WRITE = {"en": ["Write a story about {name} and a {pet} called {pet_name}.", "Tell me a story about {name} and a {pet} called {pet_name}."],
          "zh": ["请写一个关于{name}和{pet}{pet_name}的故事。", "给我讲一个{name}和{pet}{pet_name}的故事。"]}
 
 
 def exercise(rng, task, lang, held):
     """One question on the right side of the held-out line: (question, full answer, curt answer, a wrong answer, must).
-    A story has no curt and no wrong answer; it must be about the name and the pet in `must`."""
-    w, story = Writer(rng, held), ""
+    A story has no curt and no wrong answer; it must be about the person, the pet and the pet's name in `must`."""
+    w = Writer(rng, held)
     if task == "story":
         (story_en if lang == "en" else story_zh)(w, 1, 2, title=False)
         must = {key: w.choices[key] for key in ("name", "pet", "pet_name")}
         return rng.choice(WRITE[lang]).format(**must), w.text, None, None, must
     if task == "about":
         (opening_en if lang == "en" else opening_zh)(w)
-        table, story = about(w, lang), w.text + "\n"
+        told, (ask, full, x) = w.choices, rng.choice(list(ABOUT[lang].values()))
+        key = rng.choice(re.findall(r"{(\w+)}", x))           # the one word of the answer in which the wrong one differs
+        others = PET_NAMES[lang] if key == "pet_name" else words(ALIKE[key], lang)
+        others = [told | {key: word} for word in others if word != told[key]]
+        wrong = rng.choice([o for o in others if held or not (held_out("pet", o["name"], o["pet"], o["pet_name"])
+                                                              or held_out("find", o["name"], o["colour"], o["object"]))])
+        question, full = w.text + "\n" + ask.format(**told), full.format(**told, x="{x}")
+        x, wrong = x.format(**told), x.format(**wrong)
     else:
-        table = questions(task, lang, held)
-    question, full, x = rng.choice(table)
-    if task == "about":                                      # one word exchanged, and no held-out combination
-        word, alike = next((word, table[lang]) for table in ALIKE for word in table[lang] if word in x)
-        known = w.choices
-        wrong = x.replace(word, rng.choice([other for other in alike if other != word and not held_out("pet", known["name"], known["pet"], other)
-                                            and not held_out("find", known["name"], other, known["object"])]))
-    else:
+        question, full, x = rng.choice(questions(task, lang, held))
         wrong = rng.choice([other for _, _, other in questions(task, lang, False) if other != x])
-    return story + question, full.replace("{x}", x), x + STOP[lang], full.replace("{x}", wrong), {}
+    return question, full.replace("{x}", x), x + STOP[lang], full.replace("{x}", wrong), {}
 
 
 TASK_NAMES = [*TASKS, "about", "story"]
@@ -658,7 +659,7 @@ def strip_manners(text, lang):
 
 
 def is_story_of(text, must):
-    """True if the text is a whole story of this world, about the person and the pet asked for."""
+    """True if the text is a whole story of this world, about the person, the pet and the name asked for."""
     for grammar in (story_en, story_zh):
         r = Reader(text, held=None)                          # asked for a held-out pet, any object will do
         try:
@@ -695,6 +696,7 @@ def preference_rows(n, split, seed=0):
         row = chat_row(rng, TASK_NAMES[len(rows) % (len(TASK_NAMES) - 1)], split == "val")
         lang, full = row["lang"], row["answer"]
         polite = rng.choice(POLITE[lang])
+        # training has more of what is hard to see; validation has all kinds alike
         why = rng.choice(["plain", "rude", "truncated", "repetitive", "curt", "wrong"] + ["wrong", "wrong"] * (split == "train"))
         rejected = {"plain": full, "rude": rng.choice(RUDE[lang]) + full, "truncated": polite + full[: rng.randint(len(full) // 3, len(full) * 2 // 3)],
                     "repetitive": polite + full + (" " if lang == "en" else "") + full, "wrong": polite + str(row["wrong"]),
@@ -765,11 +767,11 @@ def write(out_dir, size="demo", seed=0):
             seen.add(doc.text)
             rows.append((len(rows), doc.text))
             nats, size_bytes = nats + doc.nll, size_bytes + len(doc.text.encode("utf-8"))
-    copies = []
+    copies = {}
     long_enough = [r for r in rows if len(r[1]) > 140]
     for at, text in rng.sample(long_enough, n["near_copies"]):
         copy, similarity = near_copy(rng, text)
-        copies.append(similarity)
+        copies[copy] = similarity
         rows.append((rng.uniform(at, len(seen)), copy))      # somewhere after its original, which is the one to keep
     reasons = Counter()
     for i in range(n["junk"]):
@@ -792,7 +794,8 @@ def write(out_dir, size="demo", seed=0):
         table.writerow(["", "Question", "A", "B", "C", "D", "Answer"])
         table.writerows([i, *row] for i, row in enumerate(multiple_choice(n["choices"], seed)))
     truth = {"documents": len(seen), "clean_planted": dict(reasons), "dedup_planted": len(copies),
-             "dedup_smallest_jaccard": round(min(copies), 4), "nats_per_document": nats / len(seen),
+             "dedup_smallest_jaccard": round(min(copies.values()), 4),
+             "dedup_planted_lines": [line for line, (_, text) in enumerate(rows, 1) if text in copies], "nats_per_document": nats / len(seen),
              "entropy_bits_per_byte": nats / math.log(2) / size_bytes}
     (out / "truth.json").write_text(json.dumps(truth, indent=1) + "\n", encoding="utf-8")
     return truth

@@ -466,6 +466,21 @@ def test_no_room_for_any_answer_token_drops_the_row(tok, capsys):
     assert "set aside 1 of 21" in capsys.readouterr().out
 
 
+def test_what_is_shortened_is_counted(tok, capsys):
+    """A chat and a pair of exactly the limit are whole; one token less room, and each is counted."""
+    row = {"messages": chat("A question with a few words in it?", "The answer.")}
+    size = len(render(tok, row["messages"])[0]) - 1                          # the last token is only a target
+    pair = {"prompt": "A question with a few words in it?", "chosen": "Yes, it is.", "rejected": "No."}
+    prompt, chosen, rejected = PreferenceRows([("f:1", pair)], tok, 500).pairs[0]
+    longest = len(prompt) + max(len(chosen), len(rejected))
+    for make, limit in ((ChatRows, size), (PreferenceRows, longest)):
+        rows = [("f:1", row if make is ChatRows else pair)]
+        make(rows, tok, limit)
+        assert "shortened" not in capsys.readouterr().out
+        make(rows, tok, limit - 1)
+        assert "shortened 1 of 1" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("max_len", range(24, 90, 3))
 def test_whatever_the_limit_no_row_is_longer_and_no_label_is_wrong(tok, max_len):
     """Supervised tokens are always a prefix of the true ones; the last <|im_end|> is there iff the answer is whole."""
@@ -548,7 +563,7 @@ def test_an_unreadable_file_is_one_sentence(tmp_path, name, content, says):
 def test_a_missing_file_or_a_directory_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         read_rows([tmp_path / "x.jsonl"])
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="is a directory; name the files in it"):
         read_rows([tmp_path])
 
 

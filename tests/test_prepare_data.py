@@ -151,6 +151,17 @@ def test_a_directory_that_is_not_ours_is_left_alone(tmp_path, capsys):
     assert (tmp_path / "out" / "clean" / "thesis.txt").read_text(encoding="utf-8") == "years of work"
 
 
+def test_chinese_goes_by_character_where_han_run_is_one(tmp_path):
+    """--han_run reaches the tokenizer that is saved: 1 keeps two Han characters out of one token, 16 does not."""
+    raw = corpus(tmp_path / "raw.jsonl", ["公园里有一只猫。" + "公园很大。" * 9 + str(i) for i in range(30)])
+    longest = {}
+    for han_run in (1, 16):
+        assert run("tokenizer", "--input", raw, "--out", tmp_path / str(han_run), "--vocab_size", 400, "--han_run", han_run) == 0
+        tok = tokenizers.load(tmp_path / str(han_run) / "tokenizer")
+        longest[han_run] = max(len(tok.decode([i])) for i in tok.encode("公园很大。"))
+    assert longest[1] == 1 and longest[16] > 1
+
+
 def test_a_foreign_tokenizer_is_used_instead_of_training(tmp_path):
     """The ids are the ones that tokenizer gives, and it is copied beside them."""
     raw, mine = corpus(tmp_path / "raw.jsonl"), tokenizers.char_tokenizer("".join(SENTENCES))

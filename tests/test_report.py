@@ -22,7 +22,8 @@ def road(tmp_path):
         (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
     put("clean/report.json", {"dropped": {"too_short": 4, "markup": 3}})
     put("dedup/report.json", {"removed": 5})
-    put("raw/truth.json", {"clean_planted": {"too_short": 4, "markup": 2}, "dedup_planted": 5})
+    put("raw/truth.json", {"clean_planted": {"too_short": 4, "markup": 2}, "dedup_planted": 5, "dedup_planted_lines": [3, 4, 5, 6, 7]})
+    write_jsonl(tmp_path / "dedup" / "removed.jsonl", [{"id": f"raw.jsonl:{line}", "dup_of": "raw.jsonl:1"} for line in (3, 4, 5, 6, 9)])
     put("tokens/train.json", {"n_bytes": 3000, "n_tokens": 1010, "n_docs": 10})
     put("eval.json", {"pretrain": {"val_loss": 0.549, "entropy_floor": 0.5, "bits_per_byte": 0.3, "by_kind": {
                           "copy": {"loss": 0.25, "floor": 0.0, "tokens": 1234}}},
@@ -61,6 +62,7 @@ def test_the_table_says_what_was_reached_and_what_was_not(road):
     assert [v for what, _, _, v in report.goal_rows(numbers) if what.startswith("validation loss")] == ["not reached"]
     assert rows["SFT exact match, held-out questions"][1] == "not reached"
     assert rows["DPO wins against the SFT model"] == ("itself 0.5, ≥ 0.80", "reached")
+    assert rows["planted near-duplicates removed"] == ("all that were planted: 5", "not reached")            # 7 was missed; 9 is no planted one
     assert rows["multiple choice"] == ("chance 0.25", "")
     assert rows["junk documents dropped by cleaning"] == ("all that were planted: 6", "not reached")         # 7: one too many
 

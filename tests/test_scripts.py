@@ -452,7 +452,7 @@ REFUSALS = {
     "missing file": ("rm", lambda t, w: {"data": [str(t / "n.jsonl")]}, "does not exist"),
     "no file at all": ("sft", lambda t, w: {"data": []}, "--data"),
     "unknown kind of file": ("sft", lambda t, w: {"data": [text(t / "a.csv", b"a,b")]}, "unknown kind of file"),
-    "a directory of tokens given to SFT": ("sft", lambda t, w: {"data": [str(w / "tokens")]}, "cannot be read|unknown kind"),
+    "a directory of tokens given to SFT": ("sft", lambda t, w: {"data": [str(w / "tokens")]}, "is a directory; name the files in it"),
     "broken JSON lines": ("sft", lambda t, w: {"data": [mixed(t)]}, "more than --max_bad 10%"),
     "invalid UTF-8": ("sft", lambda t, w: {"data": [text(t / "u.jsonl", b"\xff\xfe{}\n" * 3)]}, "cannot be used"),
     "a missing field": ("sft", lambda t, w: {"data": [text(t / "f.jsonl", b'{"instruction": "Q"}\n' * 3)]}, "no answer"),

@@ -1,4 +1,5 @@
 """nanollm/tools/step.py: what runs/speedrun.sh is made of."""
+import json
 import os
 
 from nanollm.tools import step
@@ -21,6 +22,24 @@ def test_a_finished_step_is_skipped_and_a_changed_one_makes_later_ones_stale(tmp
     assert step.main("b", tmp_path, write_marker(second)) == 0
     assert second.read_text(encoding="utf-8") == "xx"
     assert (tmp_path / "b.old" / "step_00000001").is_dir() and not (tmp_path / "b").exists()
+
+
+def test_an_interrupted_training_run_is_set_aside_when_an_earlier_step_changes(tmp_path):
+    """It left checkpoints but no record of its end: going on from them would mix two roads."""
+    assert step.main("a", tmp_path, write_marker(tmp_path / "one")) == 0
+    assert step.main("b", tmp_path, ["-c", "import sys; sys.exit(3)"]) == 3
+    (tmp_path / "b" / "step_00000001").mkdir(parents=True)
+    assert step.main("a", tmp_path, write_marker(tmp_path / "two")) == 0
+    assert (tmp_path / "b.old" / "step_00000001").is_dir() and not (tmp_path / "b").exists()
+
+
+def test_the_seconds_of_a_step_are_those_of_all_its_tries(tmp_path):
+    """Two tries that fail and one that ends well."""
+    code = f"import pathlib, sys, time; p = pathlib.Path({str(tmp_path / 'tries')!r}); n = len(p.read_text()) if p.exists() else 0; " \
+           "p.write_text('x' * (n + 1)); time.sleep(0.4); sys.exit(0 if n == 2 else 3)"
+    assert [step.main("a", tmp_path, ["-c", code]) for _ in range(3)] == [3, 3, 0]
+    record, = [json.loads(line) for line in (tmp_path / "stages.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert record["seconds"] >= 1.2 and not list((tmp_path / "steps").glob("*.begun"))
 
 
 def test_a_failed_step_is_not_complete(tmp_path, capfd):

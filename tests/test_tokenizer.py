@@ -134,6 +134,7 @@ def test_the_pre_tokenizer_bounds_runs_and_splits_digits():
     assert cut("x 12345", 8192) == ["x", " ", "1", "2", "3", "4", "5"]
     assert cut("x 12345", 8193) == ["x", " ", "12", "34", "5"]
     assert [len(p) for p in cut("中" * 40, 512)] == [16, 16, 8]
+    assert T.regex.findall(T.pattern_for(512, han_run=1), "你好abc。") == ["你", "好", "abc", "。"]
     assert cut("你好。world's 世界abc。\n\nNext", 512) == ["你好", "。world", "'s", " ", "世界", "abc", "。\n\n", "Next"]
     assert cut("a    b", 512) == ["a", "   ", " b"]
     for run in ("a", "中", "=", " ", "\n", "か", "\u3000", "1", "é", "\u0301"):

@@ -17,8 +17,8 @@ from nanollm.report import get, read_json, read_lines, show
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 ROWS = [  # key, English, Chinese, the known truth beside it in both ({key} is looked up)
     ("clean.dropped", "cleaning: documents dropped", "清洗：丢弃的文档", "{clean.planted} planted", "埋入 {clean.planted} 篇"),
-    ("dedup.removed", "deduplication: documents removed", "去重：删除的文档", "{dedup.planted} planted",
-     "埋入 {dedup.planted} 篇"),
+    ("dedup.removed", "deduplication: documents removed", "去重：删除的文档", "{dedup.planted_found} of {dedup.planted} planted",
+     "埋入的 {dedup.planted} 篇中的 {dedup.planted_found} 篇"),
     ("tokenizer.bytes_per_token", "tokenizer: bytes per token", "分词器：每词元字节数", "", ""),
     ("pretrain.val_loss", "pretraining: validation loss, nats a token", "预训练：验证损失，nat/词元",
      "entropy floor {pretrain.entropy_floor}", "熵下界 {pretrain.entropy_floor}"),

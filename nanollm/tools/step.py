@@ -4,7 +4,8 @@
 
 A step is complete when RUN_DIR/steps/STAGE.json records the same command with the same --config file. It is written
 only after the command has ended well, so an interrupted step runs again, and the training scripts then go on from
-their newest checkpoint. Seconds and peak memory go to RUN_DIR/stages.jsonl.
+their newest checkpoint. Seconds and peak memory, of all tries that ended by
+themselves or by Ctrl-C, go to RUN_DIR/stages.jsonl.
 """
 import json
 import shlex
@@ -37,7 +38,7 @@ def main(stage, run_dir, command):
             print(f"[{stage}] already complete, skipped ({shown})", flush=True)
             return 0
         when = done.stat().st_mtime_ns
-        for record in list(done.parent.glob("*.json")):        # this step's, and of what was made after it: stale now
+        for record in [*done.parent.glob("*.json"), *done.parent.glob("*.begun")]:     # this step's and all made after it: stale now
             if record.stat().st_mtime_ns >= when:
                 record.unlink()
                 run = run_dir / record.stem
@@ -46,8 +47,10 @@ def main(stage, run_dir, command):
                     run.rename(f"{run}.old")
                     print(f"[{stage}] has changed: {run} is made again, the old one is {run}.old", flush=True)
     print(f"\n[{stage}] $ {shown}", flush=True)
-    began, spent = time.time(), done.with_suffix(".spent")        # seconds of earlier tries that did not end
-    earlier = float(spent.read_text(encoding="utf-8")) if spent.exists() else 0.0
+    begun = done.with_suffix(".begun")                         # there from the first try to the end: what the tries have cost
+    earlier = json.loads(begun.read_text(encoding="utf-8")) if begun.exists() else {"seconds": 0.0, "peak_rss_mb": 0.0}
+    begun.write_text(json.dumps(earlier), encoding="utf-8")
+    began = time.time()
     child = subprocess.Popen([sys.executable, *command])
     while True:
         try:
@@ -55,14 +58,14 @@ def main(stage, run_dir, command):
             break
         except KeyboardInterrupt:                              # the child got the Ctrl-C too: let it save and end by itself
             continue
-    seconds = round(earlier + time.time() - began, 1)
+    cost = {"seconds": round(earlier["seconds"] + time.time() - began, 1), "peak_rss_mb": max(earlier["peak_rss_mb"], peak_rss_mb() or 0.0)}
     if code:
-        spent.write_text(str(seconds), encoding="utf-8")
+        begun.write_text(json.dumps(cost), encoding="utf-8")
         print(f"[{stage}] ended with code {code}; the same command goes on where it stopped (bash runs/speedrun.sh --force "
               f"starts over)", file=sys.stderr, flush=True)
         return code
-    record = {"stage": stage, "seconds": seconds, "peak_rss_mb": peak_rss_mb(), "command": shown}
-    spent.unlink(missing_ok=True)
+    record = {"stage": stage, **cost, "command": shown}
+    begun.unlink()
     done.write_text(json.dumps(record | {"preset": preset}), encoding="utf-8")
     with open(run_dir / "stages.jsonl", "a", encoding="utf-8") as f:
         f.write(json.dumps(record, ensure_ascii=False) + "\n")
