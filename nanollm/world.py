@@ -724,7 +724,7 @@ def multiple_choice(n, seed=0):
 
 # ------------------------------------------------------------------------------------------------------- the files
 
-SIZES = {"demo": dict(documents=28000, near_copies=150, junk=60, chats=9000, val_chats=420, pairs=2400, val_pairs=240, choices=200),
+SIZES = {"demo": dict(documents=28000, near_copies=150, junk=60, chats=9000, val_chats=420, pairs=3600, val_pairs=240, choices=200),
          "smoke": dict(documents=600, near_copies=12, junk=9, chats=300, val_chats=28, pairs=120, val_pairs=16, choices=20)}
 
 
