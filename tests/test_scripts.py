@@ -44,7 +44,7 @@ def train_lines(records):
 
 # ---- three steps ---------------------------------------------------------------------------------------------------
 
-TWO_RANK_RUNS = {"pretrain": {}, "sft": {}, "rm": {}, "dpo": {}, "sft-lora": {"lora_dropout": 0.0}, "dpo-lora": {}}
+TWO_RANK_RUNS = {"pretrain": {}, "sft": {}, "rm": {}, "dpo": {}, "sft-lora": {"lora_dropout": 0.0}, "dpo-lora": {"rpo_alpha": 0.5}}
 
 
 def worker(out):
