@@ -27,7 +27,7 @@ from nanollm.tokenizer import bpe_tokenizer
 SCRIPTS = {"pretrain": train_pretrain, "sft": train_sft, "rm": train_rm, "dpo": train_dpo}
 LORA = dict(peft="lora", lora_rank=4)
 VARIANTS = {"pretrain": {}, "pretrain-muon-dropout": {"optimizer": "muon", "dropout": 0.1}, "sft": {},
-            "sft-lora": {**LORA, "lora_dropout": 0.1}, "rm": {}, "dpo": {}, "dpo-lora": LORA}
+            "sft-lora": {**LORA, "lora_dropout": 0.1}, "rm": {}, "dpo": {}, "dpo-lora": LORA, "dpo-rpo": {"rpo_alpha": 0.5}}
 
 
 def start(variant, world, out_dir, **changes):
@@ -44,7 +44,7 @@ def train_lines(records):
 
 # ---- three steps ---------------------------------------------------------------------------------------------------
 
-TWO_RANK_RUNS = {"pretrain": {}, "sft": {}, "rm": {}, "dpo": {}, "sft-lora": {"lora_dropout": 0.0}, "dpo-lora": {"rpo_alpha": 0.5}}
+TWO_RANK_RUNS = {"pretrain": {}, "sft": {}, "rm": {}, "dpo": {}, "sft-lora": {"lora_dropout": 0.0}, "dpo-lora": {}, "dpo-rpo": {}}
 
 
 def worker(out):
