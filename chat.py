@@ -1,7 +1,7 @@
 """Talk to a checkpoint in the terminal.
 
     python chat.py --init_from out/demo/dpo
-    python chat.py --init_from out/demo/dpo --prompt "What is 2 + 3?" "给我讲个故事。"      answer these and leave
+    python chat.py --init_from out/demo/dpo --prompt "你会从3数到7吗？"      answer this and leave
 
 /reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer. A checkpoint that has only been
 pretrained cannot answer; it goes on with the text instead.

@@ -84,17 +84,18 @@ def preference_loss(model, reference, inputs, targets, beta, nll_weight=0.0):
 @torch.no_grad()
 def validate(model, reference, val, ctx, autocast, cfg):
     """Loss, accuracy, margin and both log-probabilities on held-out pairs, batches spread over the ranks."""
-    total, sums = torch.zeros(2, device=ctx.device), {}
+    total, sums = torch.zeros(3, device=ctx.device), {}
     batches = [range(i, min(i + cfg.batch_size, len(val))) for i in range(0, len(val), cfg.batch_size)]
     for batch in batches[ctx.rank :: ctx.world_size] or [[]]:               # a rank without a batch joins the sums with zeros
         inputs, targets = (t.to(ctx.device) for t in val.batch(batch))
-        nll_weight = cfg.rpo_alpha * len(targets) / 2 / (targets.chunk(2)[0] != IGNORE_INDEX).sum().clamp(min=1)
         with autocast():
-            loss, count, metrics = preference_loss(model, reference, inputs, targets, cfg.beta, nll_weight)
-        total += torch.stack([loss, count])
+            loss, count, metrics = preference_loss(model, reference, inputs, targets, cfg.beta)
+        total += torch.stack([loss, count, (targets.chunk(2)[0] != IGNORE_INDEX).sum()])
         sums = {k: sums.get(k, 0) + v for k, v in metrics.items()}
-    loss, count = ctx.sum(total).tolist()
-    return {"val/loss": loss / count} | {f"val/{k}": float(ctx.sum(v)) / count for k, v in sums.items()}
+    loss, count, chosen_tokens = ctx.sum(total).tolist()
+    sums = {k: float(ctx.sum(v)) for k, v in sums.items()}
+    nll = -sums["chosen_logp"] / max(chosen_tokens, 1)
+    return {"val/loss": loss / count + cfg.rpo_alpha * nll} | {f"val/{k}": v / count for k, v in sums.items()}
 
 
 def main(cfg):

@@ -679,7 +679,8 @@ def correct(row, text):
 
 
 def rate(row, text):
-    """The rule behind the preferences: right 4, polite 1, complete 1; rude -2; saying a sentence twice in a row -1."""
+    """The rule behind the preferences: right 4, polite 1, complete 1; rude -2; saying a sentence twice in a row -1.
+    Right is word for word: an answer said twice is not right, nor complete."""
     manners, core = strip_manners(text.strip(), row["lang"])
     right = correct(row, text)
     complete = right and (row["task"] == "story" or core == row["answer"])

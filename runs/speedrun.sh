@@ -51,6 +51,7 @@ python chat.py --init_from "$RUN/dpo" --temperature 0 --repetition_penalty 1 --p
     "What is the sum of three and four?" "请告诉我天空的颜色。" "What is the Chinese for garden?" "你会从3数到7吗？" \
     "Write a story about Anna and a dog called Max."
 echo
+if [ "$PRESET" = smoke ]; then echo "(the smoke road shows that every step runs; its model has hardly learnt, and the goals above are the demo's)"; fi
 echo "report: $RUN/report.html"
 if [ -n "${MADE_VENV:-}" ]; then echo "enter the environment:  source .venv/bin/activate"; fi
 echo "talk to it yourself:    python chat.py --init_from $RUN/dpo"
