@@ -423,22 +423,20 @@ def both_ways(lang):
 # They are asked in lessons of the corpus, and again by the user in chats.
 
 # task -> language -> (questions, full answer); the curt answer is {x} alone.
+EN = ["What is {}?", "Tell me {}.", "Do you know {}?", "Please say {}."]
+ZH = ["{}是什么？", "请告诉我{}。", "你知道{}吗？", "说说{}。"]
 TASKS = {
-    "sum": {"en": (["What is the sum of {a} and {b}?", "Tell me the sum of {a} and {b}.", "Do you know the sum of {a} and {b}?",
-                    "Please say the sum of {a} and {b}."], "The sum of {a} and {b} is {x}."),
+    "sum": {"en": ([ask.format("the sum of {a} and {b}") for ask in EN], "The sum of {a} and {b} is {x}."),
             "zh": (["{a}加{b}等于几？", "请算一算{a}加{b}。", "请问{a}加{b}是多少？", "告诉我{a}加{b}的结果。"], "{a}加{b}等于{x}。")},
-    "opposite": {"en": (["What is the opposite of {w}?", "Tell me the opposite of {w}.", "Do you know the opposite of {w}?",
-                         "Please say the opposite of {w}."], "The opposite of {w} is {x}."),
-                 "zh": (["{w}的反义词是什么？", "请告诉我{w}的反义词。", "你知道{w}的反义词吗？", "说说{w}的反义词。"], "{w}的反义词是{x}。")},
-    "colour": {"en": (["What is the colour of {w}?", "Tell me the colour of {w}.", "Do you know the colour of {w}?",
-                       "Please say the colour of {w}."], "The colour of {w} is {x}."),
-               "zh": (["{w}的颜色是什么？", "请告诉我{w}的颜色。", "你知道{w}的颜色吗？", "说说{w}的颜色。"], "{w}的颜色是{x}。")},
+    "opposite": {"en": ([ask.format("the opposite of {w}") for ask in EN], "The opposite of {w} is {x}."),
+                 "zh": ([ask.format("{w}的反义词") for ask in ZH], "{w}的反义词是{x}。")},
+    "colour": {"en": ([ask.format("the colour of {w}") for ask in EN], "The colour of {w} is {x}."),
+               "zh": ([ask.format("{w}的颜色") for ask in ZH], "{w}的颜色是{x}。")},
     "count": {"en": (["Count from {a} to {b}.", "Can you count from {a} to {b}?", "Please count from {a} to {b}.",
                       "Show me how to count from {a} to {b}."], "From {a} to {b} we count {x}."),
               "zh": (["请从{a}数到{b}。", "你会从{a}数到{b}吗？", "从{a}数到{b}给我听。", "我想听你从{a}数到{b}。"], "从{a}数到{b}：{x}。")},
-    "translate": {"en": (["What is the Chinese for {w}?", "Tell me the Chinese for {w}.", "Do you know the Chinese for {w}?",
-                          "Please say the Chinese for {w}."], "The Chinese for {w} is {x}."),
-                  "zh": (["{w}的英文是什么？", "请告诉我{w}的英文。", "你知道{w}的英文吗？", "说说{w}的英文。"], "{w}的英文是{x}。")},
+    "translate": {"en": ([ask.format("the Chinese for {w}") for ask in EN], "The Chinese for {w} is {x}."),
+                  "zh": ([ask.format("{w}的英文") for ask in ZH], "{w}的英文是{x}。")},
 }
 # about a story just told: what is asked -> question, full answer, and its {x}, which alone is the curt answer
 ABOUT = {"en": {"home": ("Where is {name}'s home?", "{name}'s home is near the {x}.", "{home}"),

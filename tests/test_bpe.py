@@ -52,7 +52,7 @@ def test_merges_equal_those_of_hugging_face(vocab_size, han_run):
         vocab_size=2000, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), min_frequency=2, show_progress=False))
     ours = bpe_tokenizer(merges := learn_merges(count_pieces(texts, pattern), 2000 - 256), pattern)
     name = ["".join(BYTE_CHAR[b] for b in piece) for piece in ours.pieces]
-    assert len(merges) > 300
+    assert len(merges) > (500 if han_run > 1 else 300)       # by character there is less to merge
     assert [[name[a], name[b]] for a, b in merges] == [list(m) for m in json.loads(theirs.to_str())["model"]["merges"]]
 
 
