@@ -1,0 +1,98 @@
+"""The options of prepare_data.py, one dataclass a command: --key value, or key = value in the TOML file of --config."""
+from dataclasses import dataclass
+
+from nanollm.config import arg
+
+OUT = "output directory of all stages"
+
+
+@dataclass
+class Stage:                                              # what every stage on documents has
+    input: list = arg([], "raw files or directories, each perhaps NAME=PATH, or the directory of a stage (default: the stage before)")
+    out: str = arg("out/data", OUT)
+    doc_sep: str = arg("auto", "what ends a document in .txt: line | blank | file | auto (blank lines if any)")
+    max_bad: float = arg(0.01, "stop if more than this share of the rows, or of the files, cannot be read")
+    strict: bool = arg(False, "exit with code 3 if any row could not be read")
+    fail_fast: bool = arg(False, "stop at the first row that cannot be read")
+    keep_dropped: bool = arg(True, "write dropped documents, with the reason, to part-….dropped.parquet")
+    show: int = arg(3, "examples to show for each reason")
+    workers: int = arg(0, "processes; 0 = one a core")
+    runner: str = arg("local", "local | ray: processes of this machine, or a Ray cluster (extra: ray)")
+    shard: str = arg("0/1", "i/n: do only every n-th task from the i-th; the plain command then finishes the stage")
+    force: bool = arg(False, "redo what is already there")
+
+
+@dataclass
+class Clean(Stage):
+    recipe: str = arg("default", "edits and filters: a file, or a name from recipes/ (default, web, encyclopedia, chat, verse)")
+    min_chars: int = arg(0, "shorter documents are dropped; 0 = what the recipe says", unit="characters")
+
+
+@dataclass
+class Dedup(Stage):
+    threshold: float = arg(0.7, "a document goes if its Jaccard similarity with a kept one reaches this")
+    sketch: str = arg("numpy", "numpy | oph: our MinHash, one-permutation hashing | datasketch (small corpora) | simhash")
+    shingle: str = arg("char", "a document is the set of its runs of --ngram: char | word | jieba (extra: jieba)")
+    ngram: int = arg(5, "length of a run", unit="characters or words")
+    num_perm: int = arg(256, "permutations of MinHash")
+    bands: int = arg(0, "bands of LSH; 0 = chosen for --threshold")
+    rows: int = arg(0, "rows of a band; 0 = chosen for --threshold")
+    cluster: str = arg("greedy", "greedy: gone only if like a kept one | cc: whole connected components")
+    keep: str = arg("first", "which of two stays: first | longest | best (by quality)")
+    verify: bool = arg(True, "compute the true similarity of every candidate pair")
+
+
+@dataclass
+class Outliers(Stage):
+    sigmas: float = arg(3.0, "dropped if further than this from the mean of its source", unit="standard deviations")
+    ppl_low: float = arg(0.005, "dropped if its perplexity is below this quantile of its source (boilerplate)")
+    ppl_high: float = arg(0.99, "… or above this one (noise)")
+
+
+@dataclass
+class Decontaminate(Stage):
+    eval_data: list = arg([], "evaluation files: .csv with Question,A,B,C,D,Answer, .jsonl, .txt")
+    n: int = arg(13, "a run of so many units in common is a hit", unit="characters or words")
+    policy: str = arg("cut", "cut: the hit and 200 characters around it | drop: the document")
+
+
+@dataclass
+class Score(Stage):
+    scorer: str = arg("rules", "rules, or FILE.py:function (text -> float)")
+    min_quality: float = arg(0.0, "documents below are dropped")
+    temperature: float = arg(0.0, "> 0: keep a document with probability min(1, exp((quality - 1) / temperature)) instead")
+    seed: int = arg(1234, "of that lottery")
+
+
+@dataclass
+class Tokenizer(Stage):
+    vocab_size: int = arg(6400, "size of the vocabulary to train, control tokens included", unit="tokens")
+    han_run: int = arg(16, "most Han characters that may become one token; 1 = Chinese by character", least=1)
+    kind: str = arg("bpe", "bpe: byte-level BPE; char: one id a character, the baseline (unknown ones are lost)")
+    tokenizer: str = arg("", "use this one instead of training: a directory, .model, tokenizer.json or .tiktoken")
+
+
+@dataclass
+class Tokenize(Stage):
+    tokenizer: str = arg("", "a directory, .model, tokenizer.json or .tiktoken (default: OUT/tokenizer)")
+    val_fraction: float = arg(0.02, "share of documents held out for validation, chosen by a hash of their text")
+    seed: int = arg(1234, "order of the documents in the token files")
+
+
+@dataclass
+class Build(Tokenize, Tokenizer, Score, Decontaminate, Outliers, Dedup, Clean):          # only to have the options of all
+    outliers: bool = arg(False, "also run the stage outliers")
+    scorer: str = arg("", "also run the stage score, with rules or FILE.py:function")
+
+
+@dataclass
+class Export(Stage):
+    dropped: bool = arg(False, "the dropped documents instead of the kept ones")
+
+
+@dataclass
+class Demo:
+    out: str = arg("out/demo/raw", "where the raw files of the embedded demo world go")
+    size: str = arg("demo", "demo | smoke: minutes or seconds of training")
+    seed: int = arg(0, "another seed, another world")
+    force: bool = arg(False, "redo what is already there")
