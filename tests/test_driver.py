@@ -244,4 +244,4 @@ def test_too_many_bad_rows_stop_the_run(tmp_path):
     with pytest.raises(UserError, match=r"50 of 100 rows .*a.jsonl:51, broken_json"):
         carry(tmp_path / "out", tasks_of(path), least=1)
     with pytest.raises(UserError, match="a.jsonl:51: broken_json"):
-        carry(tmp_path / "out", tasks_of(path), least=1, fail_fast=True)
+        carry(tmp_path / "first", tasks_of(path), least=1, fail_fast=True)
