@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from nanollm.config import UserError
 from nanollm.corpus import adapters, foreign
-from nanollm.tokenizer import passages
 
 KINDS = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".tsv", ".warc", ".wet")
 MAX_LINE = 64 << 20                       # bytes; a longer "line" is a binary or a broken file, not a document
@@ -227,7 +226,7 @@ def read_json(stream, bad):
         yield from read_jsonl(stream, bad)
         return
     decode, number, done = json.JSONDecoder().raw_decode, 0, False
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")     # a bad byte costs its own row
     buffer, at = text.read(1 << 16), 0
     at = buffer.index("[") + 1
     while not done:
@@ -236,15 +235,18 @@ def read_json(stream, bad):
             if buffer.startswith("]", gap):
                 return
             item, end = decode(buffer, gap)
-            if end == len(buffer):                       # a number might go on in the next block
-                raise ValueError("unfinished")
-            number, at = number + 1, end
-            yield number, item
+            if end == len(buffer) and isinstance(item, (int, float)):
+                raise ValueError("a number that may go on in the next block")
+            number, raw, at = number + 1, buffer[gap:end], end
+            if re.search("[\udc80-\udcff]", raw):
+                bad(number, "not_utf8", raw[:200].encode("utf-8", "surrogateescape"), "convert the file to UTF-8")
+            else:
+                yield number, item
         except (ValueError, RecursionError) as e:
             more = text.read(max(1 << 16, len(buffer) - at)) if len(buffer) - at < MAX_LINE else ""
             if not more:
                 done = True
-                bad(number + 1, "unreadable_file", buffer[at:at + 200].encode("utf-8", "replace"), f"{e}; all rows from here on")
+                bad(number + 1, "unreadable_file", buffer[at:at + 200].encode("utf-8", "surrogateescape"), f"{e}; all rows from here on")
             buffer, at = buffer[at:] + more, 0
 
 
@@ -315,10 +317,19 @@ def documents(task, bad, moved=lambda position: None):
         except ValueError as e:
             bad(number, str(e), json.dumps(row, default=str, ensure_ascii=False).encode("utf-8", "replace"), "")
             continue
-        pieces = [text] if meta or len(text) <= MAX_DOCUMENT else passages(text, MAX_DOCUMENT)
-        for k, piece in enumerate(pieces, 1):
+        for k, piece in enumerate([text] if meta else pieces(text), 1):
             yield {"id": f"{name}:{number}" + f"#{k}" * (k > 1), "text": writable(piece), "source": task.source,
                    "meta": writable(json.dumps(meta, ensure_ascii=False)) if meta else "", "drop_reason": reason}
+
+
+def pieces(text, limit=MAX_DOCUMENT):
+    """A long text cut at line ends (where there are none: anywhere), at most `limit` characters each."""
+    start = 0
+    while len(text) - start > limit:
+        cut = text.rfind("\n", start + 1, start + limit) + 1 or start + limit
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
 
 
 def writable(text):

@@ -100,6 +100,12 @@ def gather(out):
     write_json(Path(out) / "report.json", {s: report for s in STAGES if (report := read_report(Path(out) / s))})
 
 
+def dropped(directory, columns=("id", "drop_reason", "dup_of", "jaccard")):
+    """What a stage has dropped, as dicts; [] if it kept nothing of that."""
+    paths = sorted(Path(directory).glob("part-*.dropped.parquet"))
+    return [row for path in paths for row in pq.read_table(path, columns=list(columns)).to_pylist()]
+
+
 class Parts:
     """The output of a finished stage as a sequence of documents. Only the number of rows of each part is in memory.
 
