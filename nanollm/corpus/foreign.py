@@ -1,2 +1,0 @@
-def read_csv(stream, bad, delimiter=","): yield from ()
-def read_warc(stream, bad): yield from ()
