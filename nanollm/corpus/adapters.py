@@ -9,7 +9,7 @@ not_an_object, missing_text, bad_type, unknown_role. Nothing is cut here and not
 adapter            published as                                                                     shape checked in
 baike              563w_baidubaike: {title, summary, sections: [{title, content}], tags, url}       its users' code and a row
 wikipedia_cn       wikipedia-cn-20230720-filtered: {completion, source}                             its users' code
-text               SkyPile-150B, shibing624/medical (pretrain), c4, any other {text}                loader; SkyPile: memory
+text               SkyPile-150B, shibing624/medical (pretrain), c4, any other {text}                its loader; SkyPile: notes
 webtext2019zh      {qid, title, desc, topic, star, content, answer_id, answerer_tags}               its README
 baike_qa2019       {qid, category, title, desc, answer}                                             README of baike2018qa
 zhihu_kol          Zhihu-KOL: {INSTRUCTION, RESPONSE, SOURCE, METADATA}                             dataset card
