@@ -19,7 +19,7 @@ ALL = [p for folder in ("", "nanollm", "tests", "bench", "learn", "runs", "examp
 LAYERS = {"config": -1, "dist": 0, "losses": 0, "model": 1, "tokenizer": 1, "optim": 1, "log": 1, "peft": 1,
           "data": 2, "generate": 2, "checkpoint": 2, "hf": 2, "parallel": 2, "evaluation": 3, "report": 3, "world": 3}
 CORE = {"torch", "numpy", "tiktoken", "sentencepiece", "datasketch", "pyarrow", "tqdm", "regex"}      # regex comes with tiktoken
-OPTIONAL = {"matplotlib", "safetensors"}
+OPTIONAL = {"matplotlib", "safetensors", "trafilatura"}
 
 
 def name(path):
