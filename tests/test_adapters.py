@@ -289,21 +289,14 @@ def test_a_chat_means_here_what_it_means_to_the_trainers():
 
 # ---- CSV and web archives --------------------------------------------------------------------------------------------
 
-class Quarantine:
-    """The interface of io.Quarantine, in a list."""
-
-    def __init__(self):
-        self.rows = []
-
-    def add(self, file, line, reason, head=b"", error=""):
-        assert file and str(error) and isinstance(head, bytes)
-        self.rows.append((line, reason))
-
-
 def read(reader, raw):
     """([(number, row)], [(number, reason)]) of these bytes."""
-    quarantine = Quarantine()
-    return list(reader(io.BytesIO(raw), "a", quarantine)), quarantine.rows
+    quarantined = []
+
+    def bad(line, reason, head, error):
+        assert isinstance(head, bytes) and str(error)
+        quarantined.append((line, reason))
+    return list(reader(io.BytesIO(raw), bad)), quarantined
 
 
 def test_csv_records_may_hold_commas_quotes_and_lines():
@@ -395,7 +388,7 @@ def test_the_records_are_those_that_warcio_reads():
                ("conversion", "text/plain", b""))
     theirs = [(r.rec_headers.get_header("WARC-Target-URI"), r.rec_type, r.content_stream().read()) for r in ArchiveIterator(io.BytesIO(raw))]
     ours = [(h["warc-target-uri"], h["warc-type"], foreign.http_body(block)[2] if h["warc-type"] == "response" else block)
-            for _, h, block in foreign.warc_records(io.BytesIO(raw), "a", None)]
+            for _, h, block in foreign.warc_records(io.BytesIO(raw), None)]
     assert [row for row in ours if row[1] != "request"] == [row for row in theirs if row[1] != "request"] and len(ours) == 5
 
 
@@ -452,4 +445,4 @@ def test_a_truncated_archive_does_not_look_whole():
     """warcio 1.7 ends quietly at the cut; a corpus made of what came before it would be short without a word."""
     raw = gzip.compress(warc(*[("conversion", "text/plain", f"第{i}页 {i * 7919}".encode() * 40) for i in range(300)]))
     with pytest.raises(EOFError):
-        list(foreign.read_warc(gzip.GzipFile(fileobj=io.BytesIO(raw[:len(raw) // 2])), "a", Quarantine()))
+        list(foreign.read_warc(gzip.GzipFile(fileobj=io.BytesIO(raw[:len(raw) // 2])), None))

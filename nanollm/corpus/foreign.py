@@ -1,9 +1,9 @@
 """Readers of two foreign formats, CSV tables and web archives, with the same interface as those of io.py:
 
-    reader(stream, file, quarantine) yields (number, row)
+    reader(stream, bad) yields (number, row)
 
 stream: binary, already uncompressed. row: a dict, still to be given to `adapters.adapt`. What cannot be read goes to
-quarantine.add(file, number, reason, head, error) and the stream goes on. A damaged .gz raises EOFError, OSError or
+bad(number, reason, head, error), and the stream goes on. A damaged .gz raises EOFError, OSError or
 zlib.error out of the generator, as it does out of those of io.py.
 """
 import csv
@@ -64,23 +64,23 @@ def records(numbered, delimiter):
             yield number, block[0], None, error
 
 
-def read_csv(stream, file, quarantine, delimiter=","):
+def read_csv(stream, bad, delimiter=","):
     """(line, {column: text}) of each record of a UTF-8 CSV file whose first record names the columns. To quarantine:
     broken_csv (quotes), wrong_fields (not as many as there are columns), not_utf8."""
     csv.field_size_limit(io.MAX_LINE)                     # the default of 128 KiB is less than a long document
     header = None
-    for number, raw, fields, error in records(io.numbered_lines(stream, file, quarantine), delimiter):
+    for number, raw, fields, error in records(io.numbered_lines(stream, bad), delimiter):
         try:
             fields = fields and [field.encode("latin-1").decode("utf-8") for field in fields]
         except UnicodeDecodeError as e:
-            quarantine.add(file, number, "not_utf8", raw, f"{e}; convert the file to UTF-8")
+            bad(number, "not_utf8", raw, f"{e}; convert the file to UTF-8")
             continue
         if fields is None:
-            quarantine.add(file, number, "broken_csv", raw, error)
+            bad(number, "broken_csv", raw, error)
         elif header is None:
             header = fields
         elif len(fields) != len(header):
-            quarantine.add(file, number, "wrong_fields", raw, f"{len(fields)} fields where the first line names {len(header)}")
+            bad(number, "wrong_fields", raw, f"{len(fields)} fields where the first line names {len(header)}")
         else:
             yield number, dict(zip(header, fields))
 
@@ -97,7 +97,7 @@ def headers_of(lines):
     return {name.strip().lower(): value.strip() for name, colon, value in pairs if colon}
 
 
-def warc_records(stream, file, quarantine):
+def warc_records(stream, bad):
     """(number, headers, block) of each record (ISO 28500: a version line, headers, a blank line, Content-Length bytes, two
     blank lines). A record whose length cannot be true is given up, and reading goes on at the next version line."""
     lines, again, number, lost = iter(lambda: stream.readline(io.MAX_LINE), b""), deque(), 0, False
@@ -109,7 +109,7 @@ def warc_records(stream, file, quarantine):
         if not line.startswith(b"WARC/"):
             if line.strip() and not lost:                 # once for all that stands between two records
                 number, lost = number + 1, True
-                quarantine.add(file, number, "broken_record", line, "no WARC record begins here; skipped to the next")
+                bad(number, "broken_record", line, "no WARC record begins here; skipped to the next")
             continue
         number, lost, head, taken, size = number + 1, False, [], [], 0
         while len(head) < 1000 and (line := following()).strip():
@@ -124,7 +124,7 @@ def warc_records(stream, file, quarantine):
         if size < length or block[length:].strip():
             again.extendleft(reversed(taken))
             lost = True
-            quarantine.add(file, number, "broken_record", b"".join(head), "Content-Length is missing, too large or wrong")
+            bad(number, "broken_record", b"".join(head), "Content-Length is missing, too large or wrong")
         else:
             yield number, headers, block[:length]
 
@@ -176,16 +176,16 @@ def page_text(html):
     return trafilatura.extract(html) or ""
 
 
-def read_warc(stream, file, quarantine):
+def read_warc(stream, bad):
     """(number of the record, {"url", "mime", "ok", "text"}) of each page of a .warc and each text of a .wet file. What is
     no page (an image, say) has no text and is dropped by its adapter. To quarantine: broken_record."""
-    for number, headers, block in warc_records(stream, file, quarantine):
+    for number, headers, block in warc_records(stream, bad):
         if headers.get("warc-type") not in DOCUMENTS:
             continue
         try:
             http, ok, body = http_body(block) if headers["warc-type"] == "response" else (headers, True, block)
         except ValueError as e:
-            quarantine.add(file, number, "broken_record", block, e)
+            bad(number, "broken_record", block, e)
             continue
         content_type = http.get("content-type", "")
         mime = content_type.partition(";")[0].strip().lower()
