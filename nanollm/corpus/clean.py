@@ -10,7 +10,6 @@ import unicodedata
 from collections import Counter
 
 from nanollm.config import UserError
-from nanollm.corpus.io import Quarantine, read_documents, write_row
 
 MIN_CHARS = 15                            # the notes' rule; counts every character that is left after the edits
 MAX_MARKUP = 0.5                          # dropped if more than this share of the text was tags and URLs
@@ -138,36 +137,3 @@ def clean(text, min_chars=MIN_CHARS):
     return result, "too_short" if short else None, edits
 
 
-def clean_corpus(separators, out, min_chars=MIN_CHARS, max_bad=0.01):
-    """Clean the files of `separators` (see io.read_documents) into OUT/documents.jsonl; dropped.jsonl keeps what was
-    dropped, as it was, and quarantine.jsonl what could not be read. Returns the report.
-
-    Raises UserError if more than `max_bad` of the documents or of the files cannot be read, or if nothing is left.
-    """
-    quarantine, dropped, edited, examples = Quarantine(out / "quarantine.jsonl"), Counter(), Counter(), {}
-    seen = kept = changed = chars_in = chars = 0
-    with (open(out / "documents.jsonl", "w", encoding="utf-8", newline="\n") as documents, quarantine.file,
-          open(out / "dropped.jsonl", "w", encoding="utf-8", newline="\n") as drops):
-        for document in read_documents(separators, quarantine):
-            text, reason, edits = clean(document["text"], min_chars)
-            seen, chars_in = seen + 1, chars_in + len(document["text"])
-            if reason:
-                dropped[reason] += 1
-                examples.setdefault(reason, []).extend([document] * (dropped[reason] <= 3))
-                write_row(drops, document | {"reason": reason})
-            else:
-                kept, chars, changed = kept + 1, chars + len(text), changed + bool(edits)
-                edited.update(edits)
-                write_row(documents, document | {"text": text})
-    bad, bad_files = quarantine.counts.total(), len(quarantine.broken_files)
-    if max(bad / max(seen + bad, 1), bad_files / len(separators)) > max_bad:
-        first = quarantine.examples[0]
-        raise UserError(f"{bad:,} of {seen + bad:,} documents and {bad_files} of {len(separators)} files cannot be "
-                        f"read, more than --max_bad {max_bad:g}; the first is {first['file']}:{first['line']}, "
-                        f"{first['reason']} ({first['error']}); all stand in {(out / 'quarantine.jsonl').as_posix()}")
-    assert seen == kept + dropped.total()
-    if not kept:
-        raise UserError(f"--input: none of {seen:,} documents is left after cleaning; dropped: {dict(dropped)}")
-    return {"in": seen + bad, "kept": kept, "chars_in": chars_in, "chars": chars, "changed": changed,
-            "edited": dict(edited), "dropped": dict(dropped), "examples": examples,
-            "quarantined": dict(quarantine.counts), "quarantine_examples": quarantine.examples}

@@ -667,6 +667,17 @@ def expected_false_candidates(parts, starts, order, cfg, sample=SAMPLE):
     return {"pairs": round(pairs, 1), "per_document": round(each, 4), "removed_if_believed": round(-math.expm1(-each), 4)}
 
 
+def lines(report):
+    """What a person wants to know of a report."""
+    b, r, t = report["bands"], report["rows"], report["threshold"]
+    chance = ", ".join(f"{minhash.candidate_probability(s, b, r):.3f} at {s:g}" for s in (t, min(t + 0.1, 1.0)))
+    false = report["expected_false_candidates"]
+    return [f"{b} bands of {r} rows: a pair is looked at with probability {chance}",
+            f"{report['candidates']:,} candidate pairs; by chance {false['pairs']:,.0f} below the threshold were expected, which unverified "
+            f"would cost {false['removed_if_believed']:.2%} of the documents",
+            f"exact copies {report['exact']:,}, near copies {report['near']:,}; {report['only_exact']:,} documents are too short for near copies"]
+
+
 def largest_clusters(parts, work, count=10, members=3):
     """The `count` largest clusters: [{"size", "id", "text", "members": the first few as {"id", "kind", "jaccard", "text"}}]."""
     work = Path(work)

@@ -302,9 +302,10 @@ def run_stage(cfg, name, tasks, steps, settings, code, extra=lambda: {}):
     mine = [i for i in todo if i % of == shard]
     print(name + (f": {len(tasks) - len(todo)} of {len(tasks)} tasks were done before" if 0 < len(todo) < len(tasks) else "")
           + (f": shard {cfg.shard}, {len(mine)} tasks" if of > 1 else ""), flush=True)
+    start = time.time()
     todo_steps = tuple(steps())
     jobs = [Job(tasks[i], todo_steps, str(target), signatures[i], cfg.keep_dropped, cfg.show, cfg.fail_fast) for i in mine]
-    start, peak = time.time(), [peak_rss_mb() or 0]
+    peak = [peak_rss_mb() or 0]
     n_seen = n_bad = 0
 
     def seen(sidecar):
