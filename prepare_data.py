@@ -26,8 +26,8 @@ from pathlib import Path
 from nanollm import config, tokenizer as tokenizers
 from nanollm.config import UserError
 from nanollm.corpus import (adapters, bpe, clean as cleaning, compare as comparing, decontaminate as decontamination,
-                            dedup as deduplication, driver, filters, foreign, io, lm, minhash, on_ray, outliers as outlying, pack, pii,
-                            score as scoring)
+                            dedup as deduplication, driver, edits, filters, foreign, io, lm, minhash, on_ray, outliers as outlying, pack,
+                            parts, pii, readers, score as scoring)
 from nanollm.corpus.parts import Parts
 from nanollm.corpus.stage import stage
 from nanollm.corpus.options import (Build, Clean, Compare, Decontaminate, Dedup, Demo, Export, Outliers, Score, Stage, Tokenize,
@@ -66,9 +66,9 @@ def source_of(cfg, name):
         return Parts(Path(cfg.out) / "ingest")
     before = FLOW[FLOW.index(name) + 1:] if name in FLOW else FLOW
     found = [Path(cfg.out) / s for s in before if (Path(cfg.out) / s / "report.json").is_file()]
-    parts = Parts(cfg.input[0] if cfg.input else found[0] if found else Path(cfg.out) / "clean")
-    parts.check_fresh()
-    return parts
+    source = Parts(cfg.input[0] if cfg.input else found[0] if found else Path(cfg.out) / "clean")
+    source.check_fresh()
+    return source
 
 
 def settings_of(cfg, source=None, **more):
@@ -98,9 +98,13 @@ def demo(cfg):
 
 def clean(cfg):
     """Read raw files, edit the text, and drop what the recipe says."""
-    recipe = cleaning.load_recipe(cfg.recipe, cfg.min_chars)
-    return driver.run_stage(cfg, "clean", raw_tasks(cfg), lambda: [(cleaning.clean, recipe)], settings_of(cfg) | {"recipe": recipe.text},
-                            [io, adapters, foreign, cleaning, filters, pii])
+    recipe = cleaning.read_recipe(cfg.recipe, {"filters": {"too_short": {"chars": cfg.min_chars}}} if cfg.min_chars else {})
+    report = driver.run_stage(cfg, "clean", raw_tasks(cfg), lambda: [(cleaning.clean, recipe)], {"recipe": recipe.settings},
+                              [io, readers, adapters, foreign, cleaning, edits, filters, pii])
+    if cfg.strict and report and report["quarantined"]:
+        print(f"error: --strict: {sum(report['quarantined'].values()):,} rows could not be read; they stand in "
+              f"{cfg.out}/clean/quarantine.jsonl", file=sys.stderr)
+        sys.exit(3)
 
 
 def dedup(cfg):
@@ -194,8 +198,8 @@ def compare(cfg):
 
 def export(cfg):
     """Write the documents of a stage as JSON lines: {"text"}, chats as {"messages"}, pairs as {"prompt", "chosen", "rejected"}."""
-    source = source_of(cfg, "export")
-    exporting.write(source, cfg.dropped)
+    path, n = parts.export(source_of(cfg, "export"), cfg.dropped)
+    print(f"{n:,} rows -> {path.as_posix()}")
 
 
 def build(cfg):

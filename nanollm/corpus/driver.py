@@ -326,8 +326,8 @@ def run_stage(cfg, name, tasks, steps, settings, code, extra=lambda: {}):
 def finish(cfg, name, target, n, signature, basis, seconds, peak, extra):
     """All parts are there: add up the sidecars, write report.json, report.html and quarantine.jsonl, print."""
     stems = [f"part-{i:05d}" for i in range(n)]
-    for path in target.iterdir():                        # parts of an earlier plan, what a kill has left, and nothing else
-        if path.suffix == ".tmp" or path.name.startswith("part-") and path.name.split(".")[0] not in stems:
+    for path in target.iterdir():                        # parts of an earlier plan, what a kill has left, what was exported of them
+        if path.suffix == ".tmp" or path.name in parts.EXPORTS or path.name.startswith("part-") and path.name.split(".")[0] not in stems:
             path.unlink()
     sidecars = [read_sidecar(target / f"{stem}.parquet") for stem in stems]
     report = merge(sidecars)
@@ -369,7 +369,7 @@ def too_bad(bad, seen, limit, first, target):
 
 def claim(target):
     """Make the directory of a stage. UserError if it holds what is not ours."""
-    ours = ("part-", "report.", "quarantine")
+    ours = ("part-", "report.", "quarantine.", *parts.EXPORTS)
     try:
         target.mkdir(parents=True, exist_ok=True)
         if foreign := [p.name for p in target.iterdir() if not p.name.startswith(ours)]:
