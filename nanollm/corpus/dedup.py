@@ -284,10 +284,11 @@ def band_rows(table, cfg):
 
 
 def edges_of_group(table):
-    """The rows of `band_rows` with one band and value -> {"edge"}, as the local join finds them."""
-    ranks = np.sort(table["rank"].to_numpy())
-    edges = [np.zeros(0, dtype=np.uint64), *edges_of_runs(np.zeros(len(ranks)), ranks)]
-    return pa.table({"edge": np.concatenate(edges)})
+    """Rows of `band_rows` of one band -> {"edge"}, as the local join finds them: all rows of a value must be there, and rows
+    of other values may be."""
+    values, ranks = table["value"].to_numpy(), table["rank"].to_numpy()
+    order = np.lexsort((ranks, values))
+    return pa.table({"edge": np.concatenate([np.zeros(0, dtype=np.uint64), *edges_of_runs(values[order], ranks[order])])})
 
 
 def ranked_sketch(sketch_path, begin, work):

@@ -12,6 +12,7 @@ import zlib
 from collections import deque
 from io import BytesIO
 
+from nanollm.corpus import edits
 from nanollm.corpus.adapters import PAGES
 from nanollm.corpus.readers import MAX_LINE, numbered_lines
 
@@ -171,8 +172,7 @@ def page_text(html):
     try:
         import trafilatura
     except ImportError:
-        from nanollm.corpus.clean import strip_markup
-        return strip_markup(html)
+        return edits.markup(html)
     return trafilatura.extract(html) or ""
 
 
