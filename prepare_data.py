@@ -19,14 +19,15 @@ before it that is there (`prepare_data.py COMMAND --help`):
     demo | clean | dedup | outliers | decontaminate | score | tokenizer | compare | tokenize | export | build
 """
 import dataclasses
-import json
+import shutil
 import sys
 from pathlib import Path
 
 from nanollm import config, tokenizer as tokenizers
 from nanollm.config import UserError
 from nanollm.corpus import (adapters, bpe, clean as cleaning, compare as comparing, decontaminate as decontamination,
-                            dedup as deduplication, driver, foreign, io, outliers as outlying, pack, page, score as scoring)
+                            dedup as deduplication, driver, edits, filters, foreign, io, lm, minhash, on_ray, outliers as outlying, pack,
+                            parts, pii, readers, score as scoring)
 from nanollm.corpus.parts import Parts
 from nanollm.corpus.stage import stage
 from nanollm.corpus.options import (Build, Clean, Compare, Decontaminate, Dedup, Demo, Export, Outliers, Score, Stage, Tokenize,
@@ -61,13 +62,13 @@ def source_of(cfg, name):
     one_of(cfg, runner="local ray")
     if cfg.input and not (len(cfg.input) == 1 and (Path(cfg.input[0]) / "report.json").is_file()):
         plain = dataclasses.replace(cfg, shard="0/1")
-        driver.run_stage(plain, "ingest", raw_tasks(cfg), [], {}, [io, adapters, foreign])
+        driver.run_stage(plain, "ingest", raw_tasks(cfg), lambda: [], {}, [io, adapters, foreign])
         return Parts(Path(cfg.out) / "ingest")
     before = FLOW[FLOW.index(name) + 1:] if name in FLOW else FLOW
     found = [Path(cfg.out) / s for s in before if (Path(cfg.out) / s / "report.json").is_file()]
-    parts = Parts(cfg.input[0] if cfg.input else found[0] if found else Path(cfg.out) / "clean")
-    parts.check_fresh()
-    return parts
+    source = Parts(cfg.input[0] if cfg.input else found[0] if found else Path(cfg.out) / "clean")
+    source.check_fresh()
+    return source
 
 
 def settings_of(cfg, source=None, **more):
@@ -97,25 +98,33 @@ def demo(cfg):
 
 def clean(cfg):
     """Read raw files, edit the text, and drop what the recipe says."""
-    recipe = cleaning.load_recipe(cfg.recipe, cfg.min_chars)
-    return driver.run_stage(cfg, "clean", raw_tasks(cfg), lambda: [(cleaning.clean, recipe)], settings_of(cfg) | {"recipe": recipe.text},
-                            [io, adapters, foreign, cleaning, filters, pii])
+    recipe = cleaning.read_recipe(cfg.recipe, {"filters": {"too_short": {"chars": cfg.min_chars}}} if cfg.min_chars else {})
+    report = driver.run_stage(cfg, "clean", raw_tasks(cfg), lambda: [(cleaning.clean, recipe)], {"recipe": recipe.settings},
+                              [io, readers, adapters, foreign, cleaning, edits, filters, pii])
+    if cfg.strict and report and report["quarantined"]:
+        print(f"error: --strict: {sum(report['quarantined'].values()):,} rows could not be read; they stand in "
+              f"{cfg.out}/clean/quarantine.jsonl", file=sys.stderr)
+        sys.exit(3)
 
 
 def dedup(cfg):
     """Remove exact copies by hash, and near copies: MinHash-LSH candidates, verified by true Jaccard similarity."""
-    one_of(cfg, sketch="numpy oph datasketch simhash", shingle="char word jieba", cluster="greedy cc", keep="first longest best")
-    source, settings = source_of(cfg, "dedup"), deduplication.config_of(cfg)
-    work = Path(cfg.out) / "dedup.work" / source.signature
+    settings = deduplication.DedupConfig(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(deduplication.DedupConfig)})
+    deduplication.bands_of(settings)                      # refuses what makes no sense
+    source, work = source_of(cfg, "dedup"), Path(cfg.out) / "dedup.work"
+    found = {}
 
     def steps():
-        found = deduplication.deduplicate(source.paths, work, settings, driver.runner_of(cfg))
+        join = on_ray.join if cfg.runner == "ray" else None
+        found.update(deduplication.deduplicate(source.paths, work, settings, driver.runner_of(cfg), join))
         print("\n".join("  " + line for line in deduplication.lines(found)))
-        return [(deduplication.drop_duplicates, deduplication.Drop(str(work)))]
-    report = driver.run_stage(cfg, "dedup", driver.part_tasks(source), steps, settings_of(cfg, source), [deduplication, minhash, simhash],
-                              extra=lambda: deduplication.summary(work))
-    shutil.rmtree(work.parent, ignore_errors=True) if report else None
-    return report
+        return [(deduplication.drop_duplicates, deduplication.Decisions(str(work)))]
+
+    def extra():
+        return found | {"largest_clusters": deduplication.largest_clusters(source.paths, work)}
+    report = driver.run_stage(cfg, "dedup", driver.part_tasks(source), steps, settings_of(cfg, source), [deduplication, minhash], extra)
+    if report:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def outliers(cfg):
@@ -189,8 +198,8 @@ def compare(cfg):
 
 def export(cfg):
     """Write the documents of a stage as JSON lines: {"text"}, chats as {"messages"}, pairs as {"prompt", "chosen", "rejected"}."""
-    source = source_of(cfg, "export")
-    exporting.write(source, cfg.dropped)
+    path, n = parts.export(source_of(cfg, "export"), cfg.dropped)
+    print(f"{n:,} rows -> {path.as_posix()}")
 
 
 def build(cfg):

@@ -49,7 +49,8 @@ def sentences(rng, english, words, han):
     if english:
         lengths = rng.integers(8, 22, size=rng.integers(6, 14))
         drawn = iter(zipf(rng, len(words), int(lengths.sum())).tolist())
-        return [" ".join(words[next(drawn)] for _ in range(n)).capitalize() + ". " for n in lengths]
+        chosen = [[words[next(drawn)] for _ in range(n)] for n in lengths]
+        return [(" ".join(s[:-5]) + ", " + " ".join(s[-5:]) + ". ").capitalize() for s in chosen]
     lengths = rng.integers(12, 36, size=rng.integers(24, 52))
     text = "".join(han[i] for i in zipf(rng, len(han), int(lengths.sum())).tolist())
     ends = np.cumsum(lengths).tolist()

@@ -302,9 +302,10 @@ def run_stage(cfg, name, tasks, steps, settings, code, extra=lambda: {}):
     mine = [i for i in todo if i % of == shard]
     print(name + (f": {len(tasks) - len(todo)} of {len(tasks)} tasks were done before" if 0 < len(todo) < len(tasks) else "")
           + (f": shard {cfg.shard}, {len(mine)} tasks" if of > 1 else ""), flush=True)
+    start = time.time()
     todo_steps = tuple(steps())
     jobs = [Job(tasks[i], todo_steps, str(target), signatures[i], cfg.keep_dropped, cfg.show, cfg.fail_fast) for i in mine]
-    start, peak = time.time(), [peak_rss_mb() or 0]
+    peak = [peak_rss_mb() or 0]
     n_seen = n_bad = 0
 
     def seen(sidecar):
@@ -325,8 +326,8 @@ def run_stage(cfg, name, tasks, steps, settings, code, extra=lambda: {}):
 def finish(cfg, name, target, n, signature, basis, seconds, peak, extra):
     """All parts are there: add up the sidecars, write report.json, report.html and quarantine.jsonl, print."""
     stems = [f"part-{i:05d}" for i in range(n)]
-    for path in target.iterdir():                        # parts of an earlier plan, what a kill has left, and nothing else
-        if path.suffix == ".tmp" or path.name.startswith("part-") and path.name.split(".")[0] not in stems:
+    for path in target.iterdir():                        # parts of an earlier plan, what a kill has left, what was exported of them
+        if path.suffix == ".tmp" or path.name in parts.EXPORTS or path.name.startswith("part-") and path.name.split(".")[0] not in stems:
             path.unlink()
     sidecars = [read_sidecar(target / f"{stem}.parquet") for stem in stems]
     report = merge(sidecars)
@@ -368,7 +369,7 @@ def too_bad(bad, seen, limit, first, target):
 
 def claim(target):
     """Make the directory of a stage. UserError if it holds what is not ours."""
-    ours = ("part-", "report.", "quarantine")
+    ours = ("part-", "report.", "quarantine.", *parts.EXPORTS)
     try:
         target.mkdir(parents=True, exist_ok=True)
         if foreign := [p.name for p in target.iterdir() if not p.name.startswith(ours)]:

@@ -1,10 +1,10 @@
-"""Readers of two foreign formats, CSV tables and web archives, with the same interface as those of io.py:
+"""Readers of two foreign formats, CSV tables and web archives, with the same interface as those of readers.py:
 
     reader(stream, bad) yields (number, row)
 
 stream: binary, already uncompressed. row: a dict, still to be given to `adapters.adapt`. What cannot be read goes to
 bad(number, reason, head, error), and the stream goes on. A damaged .gz raises EOFError, OSError or
-zlib.error out of the generator, as it does out of those of io.py.
+zlib.error out of the generator, as it does out of those of readers.py.
 """
 import csv
 import re
@@ -12,8 +12,8 @@ import zlib
 from collections import deque
 from io import BytesIO
 
-from nanollm.corpus import io
 from nanollm.corpus.adapters import PAGES
+from nanollm.corpus.readers import MAX_LINE, numbered_lines
 
 # ---- CSV -------------------------------------------------------------------------------------------------------------
 
@@ -53,7 +53,7 @@ def records(numbered, delimiter):
         except ValueError as e:
             error = e
         taken, size, odd = [], len(block[0]), block[0].count(b'"') % 2
-        while odd and size < io.MAX_LINE and (line := following()):
+        while odd and size < MAX_LINE and (line := following()):
             taken.append(line)
             size, odd = size + len(line[1]), odd ^ line[1].count(b'"') % 2
         try:
@@ -67,9 +67,9 @@ def records(numbered, delimiter):
 def read_csv(stream, bad, delimiter=","):
     """(line, {column: text}) of each record of a UTF-8 CSV file whose first record names the columns. To quarantine:
     broken_csv (quotes), wrong_fields (not as many as there are columns), not_utf8."""
-    csv.field_size_limit(io.MAX_LINE)                     # the default of 128 KiB is less than a long document
+    csv.field_size_limit(MAX_LINE)                     # the default of 128 KiB is less than a long document
     header = None
-    for number, raw, fields, error in records(io.numbered_lines(stream, bad), delimiter):
+    for number, raw, fields, error in records(numbered_lines(stream, bad), delimiter):
         try:
             fields = fields and [field.encode("latin-1").decode("utf-8") for field in fields]
         except UnicodeDecodeError as e:
@@ -100,7 +100,7 @@ def headers_of(lines):
 def warc_records(stream, bad):
     """(number, headers, block) of each record (ISO 28500: a version line, headers, a blank line, Content-Length bytes, two
     blank lines). A record whose length cannot be true is given up, and reading goes on at the next version line."""
-    lines, again, number, lost = iter(lambda: stream.readline(io.MAX_LINE), b""), deque(), 0, False
+    lines, again, number, lost = iter(lambda: stream.readline(MAX_LINE), b""), deque(), 0, False
 
     def following():
         return again.popleft() if again else next(lines, b"")
@@ -116,8 +116,8 @@ def warc_records(stream, bad):
             head.append(line)
         headers = headers_of(head)
         length = headers.get("content-length", "")
-        length = int(length) if re.fullmatch(r"[0-9]{1,12}", length) else io.MAX_LINE + 1
-        while size < length <= io.MAX_LINE and (line := following()):
+        length = int(length) if re.fullmatch(r"[0-9]{1,12}", length) else MAX_LINE + 1
+        while size < length <= MAX_LINE and (line := following()):
             taken.append(line)
             size += len(line)
         block = b"".join(taken)
@@ -144,7 +144,7 @@ def http_body(block):
     encoding = headers.get("content-encoding", "identity").lower()
     if encoding in ("gzip", "x-gzip", "deflate"):
         try:
-            body = zlib.decompressobj(wbits=47).decompress(body, io.MAX_LINE)       # 47: zlib's or gzip's header
+            body = zlib.decompressobj(wbits=47).decompress(body, MAX_LINE)       # 47: zlib's or gzip's header
         except zlib.error as e:
             raise ValueError(str(e)) from None
     elif encoding not in ("identity", ""):

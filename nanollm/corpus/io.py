@@ -4,13 +4,10 @@
 files only, never on the number of workers. `documents` streams one task: what cannot be read goes to a callback with
 its file, line and reason (the driver writes it to quarantine.jsonl), and does not stop the stream.
 """
-import gzip
-import io
 import json
 import os
 import re
 import sys
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,13 +17,11 @@ from tqdm import tqdm
 
 from nanollm.config import UserError
 from nanollm.corpus import adapters, foreign
+from nanollm.corpus.readers import BROKEN, MAX_LINE, open_bytes, read_json, read_jsonl, read_parquet, read_txt
 
 KINDS = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".tsv", ".warc", ".wet")
-MAX_LINE = 64 << 20                       # bytes; a longer "line" is a binary or a broken file, not a document
 TASK = 64 << 20                           # bytes of a file that make one task
 MAX_DOCUMENT = 200_000                    # characters; longer documents are cut at line ends, each piece a document
-BOM = b"\xef\xbb\xbf"
-BROKEN = (EOFError, gzip.BadGzipFile, zlib.error)         # what a damaged .gz raises, from anywhere in it
 
 
 @dataclass(frozen=True)
@@ -90,12 +85,6 @@ def find_files(paths, exclude):
         why = f"; {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
         raise UserError(f"--input: nothing to read in {', '.join(map(str, paths))}{why}")
     return files, skipped
-
-
-def open_bytes(path):
-    """(raw file, stream of its uncompressed bytes); the raw one tells how far we are."""
-    raw = open(path, "rb")
-    return raw, gzip.GzipFile(fileobj=raw) if Path(path).suffix.lower() == ".gz" else raw
 
 
 def choose_separator(path, doc_sep):
@@ -166,118 +155,6 @@ def row_group_tasks(whole, step):
             pieces.append(replace(whole, start=begin, stop=i + 1, line=before, bytes=size))
             begin, before, size = i + 1, rows, 0
     return pieces or [whole]
-
-
-# ---- readers: (line or row number, row) of each row; bad(line, reason, head, error) for what is none -------------------
-
-def numbered_lines(stream, bad, first=0, stop=-1):
-    """(number, bytes) of each line up to byte `stop`. Split at b"\\n" only: str.splitlines would cut a JSON row at U+2028
-    or U+0085."""
-    number = first
-    while (stop < 0 or stream.tell() < stop) and (raw := stream.readline(MAX_LINE)):
-        number += 1
-        if len(raw) < MAX_LINE or raw.endswith(b"\n"):
-            yield number, raw.removeprefix(BOM) if number == 1 else raw
-            continue
-        bad(number, "line_too_long", raw, f"over {MAX_LINE >> 20} MiB")
-        while (raw := stream.readline(MAX_LINE)) and not raw.endswith(b"\n"):
-            pass
-
-
-def read_txt(stream, bad, sep, first=0, stop=-1):
-    """Documents that end at each line, at blank lines, or with the file; decoded one by one, so that a bad byte costs one.
-    A document of over MAX_LINE bytes is cut there."""
-    start, block, size = first + 1, [], 0
-
-    def document():
-        data = b"".join(block).strip(b"\r\n")
-        block.clear()
-        try:
-            return [(start, {"text": data.decode("utf-8")})]
-        except UnicodeDecodeError as e:
-            bad(start, "not_utf8", data, f"{e}; convert the file to UTF-8")
-            return []
-
-    for number, raw in numbered_lines(stream, bad, first, stop):
-        if sep != "file" and not raw.strip():
-            yield from document() if block else []
-            continue
-        start, size = (start, size + len(raw)) if block else (number, len(raw))
-        block.append(raw)
-        if sep == "line" or size > MAX_LINE:
-            yield from document()
-    yield from document() if block else []
-
-
-def read_jsonl(stream, bad, first=0, stop=-1):
-    """JSON lines; blank lines are nothing."""
-    for number, raw in numbered_lines(stream, bad, first, stop):
-        try:
-            if raw.strip():
-                yield number, json.loads(raw.decode("utf-8"))
-        except (ValueError, RecursionError) as e:        # ValueError: also a number of 5,000 digits
-            bad(number, "not_utf8" if isinstance(e, UnicodeDecodeError) else "broken_json", raw, e)
-
-
-def read_json(stream, bad):
-    """The items of a JSON list, one at a time in memory. Many ".json" files are really JSON lines, and read as such.
-    After a broken item there is no telling where the next begins: the rest of the file is reported as one."""
-    if not stream.peek(1 << 12).removeprefix(BOM).lstrip().startswith(b"["):
-        yield from read_jsonl(stream, bad)
-        return
-    decode, number, done = json.JSONDecoder().raw_decode, 0, False
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")     # a bad byte costs its own row
-    buffer, at = text.read(1 << 16), 0
-    at = buffer.index("[") + 1
-    while not done:
-        try:
-            gap = re.compile(r"[\s,]*").match(buffer, at).end()
-            if buffer.startswith("]", gap):
-                return
-            item, end = decode(buffer, gap)
-            if end == len(buffer) and isinstance(item, (int, float)):
-                raise ValueError("a number that may go on in the next block")
-            number, raw, at = number + 1, buffer[gap:end], end
-            if re.search("[\udc80-\udcff]", raw):
-                bad(number, "not_utf8", raw[:200].encode("utf-8", "surrogateescape"), "convert the file to UTF-8")
-            else:
-                yield number, item
-        except (ValueError, RecursionError) as e:
-            more = text.read(max(1 << 16, len(buffer) - at)) if len(buffer) - at < MAX_LINE else ""
-            if not more:
-                done = True
-                bad(number + 1, "unreadable_file", buffer[at:at + 200].encode("utf-8", "surrogateescape"), f"{e}; all rows from here on")
-            buffer, at = buffer[at:] + more, 0
-
-
-def read_parquet(path, bad, start=0, stop=-1, first=0):
-    """Rows of the row groups start..stop, 1,024 at a time."""
-    try:
-        raw, stream = open_bytes(path)
-        with raw:
-            table = pq.ParquetFile(stream if stream is raw else io.BytesIO(stream.read()), pre_buffer=False)
-            groups, number = range(start, stop if stop >= 0 else table.metadata.num_row_groups), first
-            for batch in table.iter_batches(batch_size=1024, row_groups=groups):
-                for row in rows_of(batch):
-                    number += 1
-                    yield number, row
-    except (pa.ArrowException, OSError) as e:
-        bad(0, "unreadable_file", b"", e)
-
-
-def rows_of(batch):
-    """A record batch as dicts; where one value does not convert (bytes that are no UTF-8), row by row with None for it."""
-    try:
-        return batch.to_pylist()
-    except (UnicodeDecodeError, pa.ArrowException, ValueError):
-        return [{name: value_of(batch.column(name)[i]) for name in batch.schema.names} for i in range(batch.num_rows)]
-
-
-def value_of(scalar):
-    try:
-        return scalar.as_py()
-    except (UnicodeDecodeError, pa.ArrowException, ValueError):
-        return None
 
 
 # ---- one task as documents -------------------------------------------------------------------------------------------

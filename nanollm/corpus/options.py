@@ -31,15 +31,18 @@ class Clean(Stage):
 @dataclass
 class Dedup(Stage):
     threshold: float = arg(0.7, "a document goes if its Jaccard similarity with a kept one reaches this")
-    sketch: str = arg("numpy", "numpy | oph: our MinHash, one-permutation hashing | datasketch (small corpora) | simhash")
+    sketch: str = arg("numpy", "numpy: our MinHash | oph: one permutation, faster | datasketch: in memory, small corpora | simhash")
     shingle: str = arg("char", "a document is the set of its runs of --ngram: char | word | jieba (extra: jieba)")
     ngram: int = arg(5, "length of a run", unit="characters or words")
     num_perm: int = arg(256, "permutations of MinHash")
     bands: int = arg(0, "bands of LSH; 0 = chosen for --threshold")
     rows: int = arg(0, "rows of a band; 0 = chosen for --threshold")
+    fn_weight: float = arg(0.5, "weight of an overlooked pair in that choice, against a false candidate")
     cluster: str = arg("greedy", "greedy: gone only if like a kept one | cc: whole connected components")
-    keep: str = arg("first", "which of two stays: first | longest | best (by quality)")
+    keep: str = arg("first", "which of several stays: first | longest | best (by quality)")
     verify: bool = arg(True, "compute the true similarity of every candidate pair")
+    min_units: int = arg(20, "shorter documents go only if equal", unit="characters or words")
+    seed: int = arg(1, "of the permutations")
 
 
 @dataclass
@@ -77,6 +80,15 @@ class Tokenize(Stage):
     tokenizer: str = arg("", "a directory, .model, tokenizer.json or .tiktoken (default: OUT/tokenizer)")
     val_fraction: float = arg(0.02, "share of documents held out for validation, chosen by a hash of their text")
     seed: int = arg(1234, "order of the documents in the token files")
+
+
+@dataclass
+class Compare:
+    tokenizer: list = arg([], "directories, .model, tokenizer.json or .tiktoken files")
+    input: list = arg([], "raw files or directories to measure them on")
+    dim: int = arg(512, "width of the model whose embedding is counted")
+    layers: int = arg(8, "its layers")
+    out: str = arg("", "also write the rows to this .json file, and a picture beside it (extra: plot)")
 
 
 @dataclass

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from nanollm.config import UserError
 
+EXPORTS = ("documents.jsonl", "dropped.jsonl")
 STAGES = ("ingest", "clean", "dedup", "outliers", "decontaminate", "score", "tokenizer", "tokens")
 ROWS, BYTES = 1024, 16 << 20              # the most documents, and bytes of text, in one row group and one table
 SCHEMA = pa.schema([
@@ -165,3 +166,17 @@ def read_tables(path, first, columns=None):
         table = file.read_row_group(i, columns)
         yield table.append_column("docno", pa.array(np.arange(first, first + table.num_rows)))
         first += table.num_rows
+
+
+def export(source, gone=False):
+    """Write the documents of a stage, or those it dropped, beside its parts as JSON lines for people and other programs: {"id",
+    "text"}, chats as {"id", "messages"}, pairs as {"id", "prompt", "chosen", "rejected"}. Returns (path, number of rows)."""
+    path, n = source.directory / EXPORTS[gone], 0
+    rows = dropped(source.directory, DROPPED.names) if gone else (row for table in source.tables() for row in table.to_pylist())
+    with open(f"{path}.tmp", "w", encoding="utf-8", newline="\n") as f:
+        for n, row in enumerate(rows, 1):
+            said = json.loads(row["meta"]) if row["meta"] else {"text": row["text"]}
+            why = {k: row[k] for k in ("drop_reason", "dup_of", "jaccard") if row.get(k) is not None}
+            f.write(json.dumps({"id": row["id"]} | said | why, ensure_ascii=False) + "\n")
+    publish(f"{path}.tmp", path)
+    return path, n
