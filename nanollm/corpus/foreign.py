@@ -13,6 +13,7 @@ from collections import deque
 from io import BytesIO
 
 from nanollm.corpus.adapters import PAGES
+from nanollm.corpus.edits import markup
 from nanollm.corpus.readers import MAX_LINE, numbered_lines
 
 # ---- CSV -------------------------------------------------------------------------------------------------------------
@@ -171,8 +172,7 @@ def page_text(html):
     try:
         import trafilatura
     except ImportError:
-        from nanollm.corpus.clean import strip_markup
-        return strip_markup(html)
+        return markup(html)
     return trafilatura.extract(html) or ""
 
 
