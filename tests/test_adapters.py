@@ -192,7 +192,7 @@ def test_a_row_that_can_be_read_but_not_used_is_dropped_with_a_reason(row, reaso
     ([1], "not_an_object"), ("text", "not_an_object"), (None, "not_an_object"), (7, "not_an_object"),
     ({}, "missing_text"), ({"txt": "拼错的键"}, "missing_text"), ({"text": None}, "missing_text"), ({"text": None, "messages": None}, "missing_text"),
     ({"text": 5}, "bad_type"), ({"text": float("nan")}, "bad_type"), ({"text": ["一"]}, "bad_type"), ({"text": True}, "bad_type"),
-    ({"text": {"a": 1}}, "bad_type"), ({"completion": 3, "source": "x"}, "bad_type"),
+    ({"text": {"a": 1}}, "bad_type"), ({"text": b"\xff"}, "not_utf8"), ({"completion": 3, "source": "x"}, "bad_type"),
     ({"title": None, "summary": None, "sections": None}, "missing_text"), ({"title": "一", "summary": 3}, "bad_type"),
     ({"title": "一", "sections": "二"}, "bad_type"), ({"title": "一", "sections": ["二"]}, "bad_type"),
     ({"title": "一", "sections": [{"title": "二", "content": 3}]}, "bad_type"),
@@ -249,7 +249,7 @@ def test_every_adapter_refuses_nonsense_in_words():
                     text, meta, reason = adapt(row | {key: value}, name)
                     assert isinstance(text, str) and isinstance(meta, dict) and (reason is None or isinstance(reason, str))
                 except ValueError as e:
-                    assert str(e) in {"missing_text", "bad_type", "unknown_role"}, (name, key, value, e)
+                    assert str(e) in {"missing_text", "bad_type", "unknown_role", "not_utf8"}, (name, key, value, e)
 
 
 def test_a_chat_means_here_what_it_means_to_the_trainers():

@@ -4,7 +4,7 @@
 {"prompt": messages, "chosen": str, "rejected": str} for a pair; text is then all contents joined by newlines, so that
 filters and deduplication see them. reason is None, or why the row is dropped: it could be read, but a rule of its source
 or the form of a chat says no. A row that is not of the promised shape raises ValueError(code) and belongs in quarantine:
-not_an_object, missing_text, bad_type, unknown_role. Nothing is cut here and nothing is turned into a string by force.
+not_an_object, missing_text, bad_type, not_utf8, unknown_role. Nothing is cut here, and nothing made a string by force.
 
 adapter            published as                                                                     shape checked in
 baike              563w_baidubaike: {title, summary, sections: [{title, content}], tags, url}       its users' code and a row
@@ -50,11 +50,10 @@ SPEAKER = re.compile(r"(?:\A|\n)\s{0,4}(Human|Assistant)[:ï¼š]|\s(Assistant)[:ï¼
 
 def string(value):
     """`value` if it is a str. JSON may hold half of a surrogate pair, which is no character and cannot be written: U+FFFD.
-    Raises ValueError("missing_text") for None, ValueError("bad_type") for anything else (NaN, numbers, lists)."""
-    if value is None:
-        raise ValueError("missing_text")
+    Raises ValueError: "missing_text" for None, "not_utf8" for bytes (that the reader could not decode), "bad_type" for
+    anything else (NaN, numbers, lists)."""
     if not isinstance(value, str):
-        raise ValueError("bad_type")
+        raise ValueError("missing_text" if value is None else "not_utf8" if isinstance(value, bytes) else "bad_type")
     return value if value.isascii() else SURROGATE.sub("\ufffd", value)
 
 

@@ -12,8 +12,8 @@ import zlib
 from collections import deque
 from io import BytesIO
 
-from nanollm.corpus import edits
 from nanollm.corpus.adapters import PAGES
+from nanollm.corpus.edits import markup
 from nanollm.corpus.readers import MAX_LINE, numbered_lines
 
 # ---- CSV -------------------------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def page_text(html):
     try:
         import trafilatura
     except ImportError:
-        return edits.markup(html)
+        return markup(html)
     return trafilatura.extract(html) or ""
 
 

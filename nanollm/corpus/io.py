@@ -70,11 +70,13 @@ def find_files(paths, exclude):
         if not path.exists():
             raise UserError(f"--input: {path} does not exist")
         adapter = name if named and name in adapters.ADAPTERS else "auto"
-        for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-            if file.resolve() in seen:
+        for file in sorted(p for p in path.rglob("*") if p.is_symlink() or not p.is_dir()) if path.is_dir() else [path]:
+            real = Path(os.path.realpath(file))          # not file.resolve(), which raises where links go in a circle
+            if real in seen:
                 continue
-            seen.add(file.resolve())
-            why = ("lies in --out, our own output" if path.is_dir() and Path(exclude).resolve() in file.resolve().parents else
+            seen.add(real)
+            why = ("lies in --out, our own output" if path.is_dir() and Path(exclude).resolve() in real.parents else
+                   "a link to a directory; name that itself" if file.is_dir() else
                    f"unknown extension (known: {' '.join(KINDS)}, each also .gz)" if kind(file) not in KINDS else
                    "not a regular file" if not file.is_file() else
                    "empty file" if file.stat().st_size == 0 else None)
@@ -95,10 +97,11 @@ def choose_separator(path, doc_sep):
     raw, stream = open_bytes(path)
     with raw:
         try:
+            ended = True                                 # a line over MAX_LINE comes in pieces, and the last may be blank
             while line := stream.readline(MAX_LINE):
                 if line.strip() and blank:
                     return "blank"
-                text, blank = text or bool(line.strip()), text and not line.strip()
+                text, blank, ended = text or bool(line.strip()), text and ended and not line.strip(), line.endswith(b"\n")
         except (*BROKEN, OSError):                       # the reader will report it
             pass
     return "line"
@@ -108,7 +111,7 @@ def cuts(path, size, step, at_blank):
     """[(byte, lines before it)] where the tasks of an uncompressed text file begin: the first line after each `step`
     bytes (the first after a blank line, where those part the documents)."""
     found, lines = [(0, 0)], 0
-    with open(path, "rb") as f:
+    with open_bytes(path)[0] as f:
         while f.tell() + step < size:
             left = step
             while left:

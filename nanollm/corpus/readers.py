@@ -12,14 +12,19 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nanollm.config import UserError
+
 MAX_LINE = 64 << 20                       # bytes; a longer "line" is a binary or a broken file, not a document
 BOM = b"\xef\xbb\xbf"
 BROKEN = (EOFError, gzip.BadGzipFile, zlib.error)         # what a damaged .gz raises, from anywhere in it
 
 
 def open_bytes(path):
-    """(raw file, stream of its uncompressed bytes); the raw one tells how far we are."""
-    raw = open(path, "rb")
+    """(raw file, stream of its uncompressed bytes); the raw one tells how far we are. UserError if it cannot be opened."""
+    try:
+        raw = open(path, "rb")
+    except OSError as e:
+        raise UserError(f"--input: cannot open {Path(path).as_posix()}: {e.strerror}") from None
     return raw, gzip.GzipFile(fileobj=raw) if Path(path).suffix.lower() == ".gz" else raw
 
 
@@ -86,6 +91,8 @@ def read_json(stream, bad):
         try:
             gap = re.compile(r"[\s,]*").match(buffer, at).end()
             if buffer.startswith("]", gap):
+                if rest := (buffer[gap + 1:] + text.read(1 << 16)).strip():
+                    bad(number + 1, "unreadable_file", rest[:200].encode("utf-8", "surrogateescape"), "there is more after the end of the list")
                 return
             item, end = decode(buffer, gap)
             if end == len(buffer) and isinstance(item, (int, float)):
@@ -114,20 +121,26 @@ def read_parquet(path, bad, start=0, stop=-1, first=0):
                 for row in rows_of(batch):
                     number += 1
                     yield number, row
-    except (pa.ArrowException, OSError) as e:
+    except (pa.ArrowException, OSError, *BROKEN) as e:
         bad(0, "unreadable_file", b"", e)
 
 
 def rows_of(batch):
-    """A record batch as dicts; where one value does not convert (bytes that are no UTF-8), row by row with None for it."""
+    """A record batch as dicts; value by value where one does not convert, or where text may stand in a column of bytes."""
     try:
-        return batch.to_pylist()
-    except (UnicodeDecodeError, pa.ArrowException, ValueError):
-        return [{name: value_of(batch.column(name)[i]) for name in batch.schema.names} for i in range(batch.num_rows)]
+        if not any(pa.types.is_binary(t) or pa.types.is_large_binary(t) for t in batch.schema.types):
+            return batch.to_pylist()
+    except (pa.ArrowException, ValueError):
+        pass
+    return [{name: value_of(batch.column(name)[i]) for name in batch.schema.names} for i in range(batch.num_rows)]
 
 
 def value_of(scalar):
+    """What is no UTF-8 stays bytes, which no adapter takes for a text; what does not convert at all is None."""
     try:
-        return scalar.as_py()
-    except (UnicodeDecodeError, pa.ArrowException, ValueError):
+        value = scalar.as_py()
+        return value.decode("utf-8") if isinstance(value, bytes) else value
+    except UnicodeDecodeError:
+        return scalar.as_buffer().to_pybytes() if hasattr(scalar, "as_buffer") else None
+    except (pa.ArrowException, ValueError):
         return None
