@@ -323,8 +323,8 @@ def shingles_of_parts(parts, rank, cfg):
             first += len(table)
 
 
-def store_edges(path, edges):
-    """Write arrays of edges to `path`.u64 in sorted segments of about EDGES, and then their lengths to `path`.npy."""
+def store_edges(arrays, work):
+    """Write arrays of edges to segments.u64, in sorted segments of about EDGES, and then their lengths to segments.npy."""
     lengths, waiting, size = [], [], 0
 
     def flush(file):
@@ -332,29 +332,27 @@ def store_edges(path, edges):
         segment.tofile(file)
         lengths.append(len(segment))
         waiting.clear()
-    with written(f"{path}.u64") as aside, open(aside, "wb") as file:
-        for array in edges:
-            waiting.append(array)
-            size += len(array)
+    with written(work / "segments.u64") as aside, open(aside, "wb") as file:
+        for edges in arrays:
+            waiting.append(edges)
+            size += len(edges)
             if size >= EDGES:
                 flush(file)
                 size = 0
         if size:
             flush(file)
-    save(f"{path}.npy", np.array(lengths, dtype=np.int64))
+    save(work / "segments.npy", np.array(lengths, dtype=np.int64))
 
 
-def merge_edges(paths, work, documents):
-    """edges.u64: the edges of all bands, sorted, each once; candidates.npy: the numbers of the documents they touch.
+def merge_edges(work, documents):
+    """edges.u64: the edges of all segments, sorted, each once; candidates.npy: the numbers of the documents they touch.
 
-    Every segment is sorted, so all edges between two bounds are found by bisection. The bounds are taken so that no
-    segment has more than its share of EDGES between two of them.
+    A segment is sorted, so its edges between two bounds are found by bisection. The bounds are taken so that no segment
+    has more than its share of EDGES between two of them.
     """
-    segments = []
-    for path in paths:
-        lengths = np.load(f"{path}.npy")
-        edges, cuts = numbers_in(f"{path}.u64", int(lengths.sum())), np.cumsum(lengths)
-        segments += [edges[cut - length:cut] for length, cut in zip(lengths.tolist(), cuts.tolist())]
+    cuts = np.cumsum(np.load(work / "segments.npy")).tolist()
+    edges = numbers_in(work / "segments.u64", cuts[-1] if cuts else 0)
+    segments = [edges[a:b] for a, b in zip([0, *cuts], cuts)]
     share = max(EDGES // max(len(segments), 1), 1)
     bounds = np.unique(np.concatenate([np.zeros(1, dtype=np.uint64), *(segment[::share] for segment in segments)]))
     places = [np.append(np.searchsorted(segment, bounds), len(segment)).tolist() for segment in segments]
@@ -539,7 +537,7 @@ def begin(parts, work, cfg):
         if (work / "plan.json").read_text(encoding="utf-8") == text:
             return
         shutil.rmtree(work)
-    elif work.exists() and any(work.iterdir()):
+    elif work.exists() and any(path.name != "plan.json.tmp" for path in work.iterdir()):
         raise UserError(f"{work} holds something that deduplication did not write; choose another directory")
     work.mkdir(parents=True, exist_ok=True)
     with written(work / "plan.json") as aside:
@@ -577,18 +575,16 @@ def deduplicate(parts, work, cfg, run, join=None):
     if len(order) > EARLIER:
         raise UserError(f"{len(order):,} documents are more than an edge of two 32-bit ranks can name; deduplicate in shards")
 
-    if cfg.sketch == "datasketch" or join:
-        paths = [work / "edges-00"]
-        if not (work / "edges-00.npy").exists():
-            store_edges(paths[0], join(sketches, work, cfg) if join else
-                        datasketch_edges(shingles_of_parts(parts, load(work / "rank.npy"), cfg), cfg))
-    else:
-        paths = [work / f"edges-{band:02d}" for band in range(bands)]
-        for band, path in enumerate(paths):
-            if not Path(f"{path}.npy").exists():
-                store_edges(path, edges_of_band(column(sketches, f"band_{band:02d}")[order]))
+    if not (work / "segments.npy").exists():
+        if join:
+            edges = join(sketches, work, cfg)
+        elif cfg.sketch == "datasketch":
+            edges = datasketch_edges(shingles_of_parts(parts, load(work / "rank.npy"), cfg), cfg)
+        else:
+            edges = (found for band in range(bands) for found in edges_of_band(column(sketches, f"band_{band:02d}")[order]))
+        store_edges(edges, work)
     if not (work / "candidates.npy").exists():
-        merge_edges(paths, work, documents)
+        merge_edges(work, documents)
 
     pairs = os.path.getsize(work / "edges.u64") // 8
     edges = numbers_in(work / "edges.u64", pairs)
@@ -616,7 +612,7 @@ def deduplicate(parts, work, cfg, run, join=None):
     del edges, order                                                        # Windows cannot remove what is mapped
     with written(work / "report.json") as aside:
         Path(aside).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    for pattern in ("sketch-*", "edges*", "shingles-*", "verified-*", "candidates.npy", "order.npy", "rank.npy", "exact.npy"):
+    for pattern in ("sketch-*", "segments.*", "edges.u64", "shingles-*", "verified-*", "candidates.npy", "order.npy", "rank.npy", "exact.npy"):
         for path in work.glob(pattern):
             path.unlink()
     return report
