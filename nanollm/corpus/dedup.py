@@ -253,6 +253,12 @@ def edges_of_runs(values, ranks):
     yield pack(ranks[later - place[later]], ranks[later])
 
 
+def distinct(numbers):
+    """The sorted distinct values of an array; several times as fast as np.unique, which hashes."""
+    numbers = np.sort(numbers)
+    return numbers[np.append(numbers[:-1] != numbers[1:], True)[:len(numbers)]]
+
+
 def pack(earlier, later):
     return later.astype(np.uint64) << np.uint64(32) | earlier.astype(np.uint64)
 
@@ -328,7 +334,7 @@ def store_edges(arrays, work):
     lengths, waiting, size = [], [], 0
 
     def flush(file):
-        segment = np.unique(np.concatenate(waiting))
+        segment = distinct(np.concatenate(waiting))
         segment.tofile(file)
         lengths.append(len(segment))
         waiting.clear()
@@ -361,7 +367,7 @@ def merge_edges(work, documents):
         for k in range(len(bounds)):
             pieces = [segment[place[k]:place[k + 1]] for segment, place in zip(segments, places) if place[k] < place[k + 1]]
             if pieces:
-                edges = np.unique(np.concatenate(pieces))
+                edges = distinct(np.concatenate(pieces))
                 edges.tofile(file)
                 for ranks in unpack(edges):
                     touched[order[ranks]] = True
@@ -382,9 +388,9 @@ def write_shingles(item):
             for a, b in slices(texts):
                 hashes, offsets = minhash.ngrams(*minhash.units(texts[a:b], cfg.shingle), cfg.ngram)
                 for begin, end in zip(offsets.tolist(), offsets[1:].tolist()):
-                    distinct = np.unique(hashes[begin:end])
-                    distinct.tofile(file)
-                    lengths.append(len(distinct))
+                    shingles = distinct(hashes[begin:end])
+                    shingles.tofile(file)
+                    lengths.append(len(shingles))
     save(f"{path}.npy", np.cumsum(lengths))
 
 
