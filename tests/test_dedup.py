@@ -23,7 +23,7 @@ from nanollm.corpus.minhash import candidate_probability, jaccard, miss
 SURE = DedupConfig(bands=64, rows=4)                       # overlooks a pair at 0.7 with probability 2e-8
 ARRAYS = ("dup_of", "similarity", "kind", "dup_size")
 ZH = "早市 河水 桥头 木桶 热闹 老人 设计 图纸 出海 铆钉 潮水 海的味道 灯光 地图 书页 国家 面包 发酵 黄油 山路 松林 云雾 石阶 寺庙 钟声 茶园 采茶 竹篮 春雨 泥土".split()
-EN = "library lamp atlas morning country bread bowl tin butter hole river bridge harbour rivet paint tide smell letter stamp garden gate fence rain soil basket path pine cloud stone bell".split()
+EN = "library lamp atlas morning country bread bowl tin butter hole river bridge harbour rivet paint tide letter stamp garden gate fence rain soil path pine".split()
 
 
 def serial(function, items, label):
@@ -369,7 +369,8 @@ def test_the_result_depends_on_neither_parts_nor_row_groups_nor_workers(tmp_path
 def test_decisions_do_not_depend_on_the_hash_seed():
     """Python salts hash() of strings in every process; ours must not care, whatever the unit."""
     code = ("import json, sys; from nanollm.corpus.dedup import DedupConfig, deduplicate_texts; t = json.load(sys.stdin); "
-            "print(json.dumps([deduplicate_texts(t, DedupConfig(shingle=s, sketch=k)) for s, k in (('char', 'numpy'), ('word', 'oph'), ('char', 'datasketch'))]))")
+            "print(json.dumps([deduplicate_texts(t, DedupConfig(shingle=s, sketch=k)) "
+            "for s, k in (('char', 'numpy'), ('word', 'oph'), ('char', 'datasketch'))]))")
     texts = json.dumps(corpus(random.Random(3), 30, 20))
     outputs = [subprocess.run([sys.executable, "-c", code], input=texts, capture_output=True, text=True, check=True, encoding="utf-8", cwd=ROOT,
                               env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}).stdout for seed in ("1", "7")]
@@ -414,7 +415,8 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(tmp_path, monkeypatch):
         done.clear()
         assert dedup.deduplicate(parts, work, cfg, serial) == want
         assert set(done) <= set(names[max(k - 3, 0):]) | {"starts.npy"}       # but for the other files of the step it was in
-        assert same(arrays(tmp_path / "whole"), arrays(work)) and pq.read_table(work / "clusters.parquet").equals(pq.read_table(tmp_path / "whole" / "clusters.parquet"))
+        assert same(arrays(tmp_path / "whole"), arrays(work))
+        assert pq.read_table(work / "clusters.parquet").equals(pq.read_table(tmp_path / "whole" / "clusters.parquet"))
     done.clear()
     assert dedup.deduplicate(parts, tmp_path / "whole", cfg, serial) == want and not done
 

@@ -263,7 +263,8 @@ def test_pairs_become_candidates_as_often_as_the_s_curve_says(sketch, similarity
     assert abs(found - promise) < 3 * math.sqrt(promise * (1 - promise) / 1500)
 
 
-@pytest.mark.parametrize("num_perm, threshold, want", [(128, 0.4, (32, 4)), (128, 0.6, (18, 7)), (256, 0.7, (25, 10)), (256, 0.85, (13, 19)), (256, 0.4, (51, 5))])
+@pytest.mark.parametrize("num_perm, threshold, want", [(128, 0.4, (32, 4)), (128, 0.6, (18, 7)), (256, 0.7, (25, 10)), (256, 0.85, (13, 19)),
+                                                       (256, 0.4, (51, 5))])
 def test_bands_and_rows_are_those_of_datasketchs_optimiser(num_perm, threshold, want):
     index = MinHashLSH(threshold=threshold, num_perm=num_perm)
     assert minhash.bands_and_rows(threshold, num_perm) == (index.b, index.r) == want

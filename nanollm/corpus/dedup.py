@@ -536,17 +536,17 @@ def write_clusters(parts, starts, work):
 # ---- the pipeline ----------------------------------------------------------------------------------------------------
 
 def begin(parts, work, cfg):
-    """Make `work` ready and write its plan.json; work that was begun with other settings or other parts is thrown away."""
+    """Make `work` ready and write its deduplication.json; work that was begun with other settings or other parts is thrown away."""
     plan = {"config": dataclasses.asdict(cfg), "parts": [[str(p), os.stat(p).st_size, os.stat(p).st_mtime_ns] for p in parts]}
     text = json.dumps(plan, ensure_ascii=False, indent=1) + "\n"
-    if (work / "plan.json").exists():
-        if (work / "plan.json").read_text(encoding="utf-8") == text:
+    if (work / "deduplication.json").exists():
+        if (work / "deduplication.json").read_text(encoding="utf-8") == text:
             return
         shutil.rmtree(work)
-    elif work.exists() and any(path.name != "plan.json.tmp" for path in work.iterdir()):
+    elif work.exists() and any(path.name != "deduplication.json.tmp" for path in work.iterdir()):
         raise UserError(f"{work} holds something that deduplication did not write; choose another directory")
     work.mkdir(parents=True, exist_ok=True)
-    with written(work / "plan.json") as aside:
+    with written(work / "deduplication.json") as aside:
         Path(aside).write_text(text, encoding="utf-8")
 
 
