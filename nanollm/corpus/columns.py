@@ -1,4 +1,6 @@
-"""Four things that stage functions do to a table of documents: number its rows, set a column, note an edit, mark rows as dropped."""
+"""What stage functions do to a table of documents: number its rows, set a column or the text, mark rows as dropped."""
+import json
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -30,8 +32,17 @@ def drop(table, mask, reason):
     return with_column(table, "drop_reason", pc.coalesce(before, here))
 
 
-def edited(table, mask, edit):
-    """The table with the name `edit` added to the column `edits` (comma-separated) where `mask` (D,) holds."""
+def with_text(table, texts, changed, edit):
+    """The table with new texts; where `changed` (D,) holds, the name `edit` joins those in the column `edits`."""
+    table = with_column(table, "text", texts, pa.large_string())
+    if "n_chars" in table.column_names:
+        table = with_column(table, "n_chars", [len(text) for text in texts], pa.int32())
     before = table["edits"].to_pylist() if "edits" in table.column_names else [""] * len(table)
-    names = [f"{old},{edit}" if old and new else edit if new else old for old, new in zip(before, mask)]
+    names = [",".join(filter(None, [old, edit if new else ""])) for old, new in zip(before, changed)]
     return with_column(table, "edits", names, pa.string())
+
+
+def is_conversation(meta):
+    """Whether a row's `meta` holds a chat or a preference pair, of which no part can be cut."""
+    row = json.loads(meta) if meta else {}
+    return isinstance(row, dict) and ("messages" in row or "prompt" in row)

@@ -243,29 +243,20 @@ def decontaminate(table, cfg):
     The new column `hits` (list<int64>) holds the keys found in each document, for `tally`."""
     index, proof = load_index(cfg.index), evidence(cfg)
     texts, metas = table["text"].to_pylist(), table["meta"].to_pylist()
-    document, key, start, end = found = search(index, texts)
-    document, key, start, end = found[:, proof[key]]
+    found = search(index, texts)
+    document, key, start, end = found[:, proof[found[1]]]
     hits, gone, changed = [[]] * len(texts), np.zeros(len(texts), dtype=bool), np.zeros(len(texts), dtype=bool)
     for d in np.unique(document):
         of = document == d
         hits[d] = np.unique(key[of]).tolist()
         rest = None
-        if cfg.policy == "cut" and not is_conversation(metas[d]):
+        if cfg.policy == "cut" and not columns.is_conversation(metas[d]):
             rest = cut(texts[d], sorted(zip(start[of].tolist(), end[of].tolist())), cfg)
         gone[d], changed[d] = rest is None, rest is not None
         texts[d] = texts[d] if rest is None else rest
-    table = columns.with_column(table, "text", texts, pa.large_string())
     table = columns.with_column(table, "hits", hits, pa.list_(pa.int64()))
-    if "n_chars" in table.column_names:
-        table = columns.with_column(table, "n_chars", [len(text) for text in texts], pa.int32())
-    table = columns.edited(table, changed, "decontaminate")
+    table = columns.with_text(table, texts, changed, "decontaminate")
     return columns.drop(table, gone, "contaminated")
-
-
-def is_conversation(meta):
-    """Whether a row is a chat or a preference pair: they cannot be cut in pieces."""
-    row = json.loads(meta) if meta else {}
-    return isinstance(row, dict) and ("messages" in row or "prompt" in row)
 
 
 def cut(text, hits, cfg):

@@ -128,12 +128,17 @@ def units(texts):
     return Units(Slices(folded).hash(starts, ends), starts - shift, ends - shift, offsets)
 
 
+def ranges(starts, counts):
+    """The integers starts[i], …, starts[i] + counts[i] - 1 of each i, one after the other."""
+    return np.arange(counts.sum()) + np.repeat(starts - np.cumsum(counts) + counts, counts)
+
+
 def windows(offsets, n, whole=False):
     """(starts, ends, counts): all slices of n consecutive units, document by document, and how many each document has.
     A document of fewer than n units has none, or with `whole` one slice of everything (and none only if it has no unit)."""
     sizes = np.diff(offsets)
     counts = np.maximum(sizes - n + 1, (sizes > 0) if whole else 0)
-    starts = np.arange(counts.sum()) + np.repeat(offsets[:-1] - np.cumsum(counts) + counts, counts)
+    starts = ranges(offsets[:-1], counts)
     ends = starts + n
     return starts, np.minimum(ends, np.repeat(offsets[1:], counts)) if whole else ends, counts
 

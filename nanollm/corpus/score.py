@@ -1,0 +1,135 @@
+"""Quality: a column of numbers from any function of the text, and a selection by threshold or by chance.
+
+A scorer is `FILE.py:function`. A function whose parameter is called `texts` gets a list of strings and returns as many
+numbers; any other gets one string and returns one number. No scorer means `rule_scores` below. A classifier fits behind
+the same door.
+
+Selection: keep what reaches `threshold`, or draw: keep with a probability that rises from 0 at `low` to 1 at `high`. The
+draw keeps some of the middling texts, so that the corpus does not lose a genre at a stroke (GPT-3 drew by its classifier's
+score too; Brown et al. 2020, appendix A).
+"""
+import importlib.util
+import inspect
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from nanollm.config import UserError
+from nanollm.corpus import columns, ngrams
+
+# What rule_scores looks at: (weight, a, b, c, d): 0 up to a, rising to 1 at b, 1 until c, falling to 0 at d. The weights
+# add up to 1. Chosen by hand to tell prose from menus, lists of keywords and repeated text; no model was trained on them.
+RULES = {
+    "letters":      (0.25, 0.50, 0.75, 1.00, 1.01),       # share of visible characters that are letters or Han
+    "punctuation":  (0.25, 0.00, 0.02, 0.20, 0.40),       # share that are punctuation: none in a list of keywords
+    "line_ends":    (0.20, 0.00, 0.50, 1.00, 1.01),       # share of lines that end in a mark that ends a sentence
+    "distinct":     (0.20, 0.20, 0.60, 1.00, 1.01),       # distinct 3-unit shingles / all: low if it repeats itself
+    "length":       (0.10, 0, 100, math.inf, math.inf),   # visible characters
+}
+ENDS = "。！？!?….；;”」』\"')）"
+
+
+@dataclass(frozen=True)
+class Score:
+    scorer: str = ""                      # "FILE.py:function"; empty: rule_scores
+    select: str = "none"                  # "threshold", "sample", or "none": only the column
+    threshold: float = 0.5                # keep quality >= threshold
+    low: float = 0.2                      # sample: never kept at or below
+    high: float = 0.8                     # sample: always kept at or above
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.select not in ("none", "threshold", "sample"):
+            raise UserError(f"selection by quality {self.select!r}: none, threshold or sample")
+        if self.select == "sample" and not self.low < self.high:
+            raise UserError(f"selection by quality: low {self.low:g} must be below high {self.high:g}")
+
+
+def measures(texts):
+    """{name: float64 (D,)}: the statistics that RULES names; 0 where there is nothing to divide by."""
+    hashes, counts = ngrams.shingles(texts, 3)
+    document = np.repeat(np.arange(len(texts)), counts)
+    order = np.lexsort((hashes, document))
+    new = np.append(True, (np.diff(hashes[order].view(np.int64)) != 0) | (np.diff(document[order]) != 0))[: len(order)]
+    rows = []
+    for text in texts:
+        visible = sum(not char.isspace() for char in text)
+        letters = sum(map(str.isalpha, text))
+        marks = visible - sum(map(str.isalnum, text))
+        lines = [line for line in map(str.rstrip, text.split("\n")) if line]
+        ended = sum(line[-1] in ENDS for line in lines)
+        rows.append((letters / max(visible, 1), marks / max(visible, 1), ended / max(len(lines), 1), visible))
+    letters, marks, ended, visible = np.array(rows, dtype=np.float64).reshape(-1, 4).T
+    distinct = np.bincount(document[order][new], minlength=len(texts)) / np.maximum(counts, 1)
+    return {"letters": letters, "punctuation": marks, "line_ends": ended, "distinct": distinct, "length": visible}
+
+
+def rule_scores(texts):
+    """float64 (D,) in [0, 1]: the weighted mean of the trapezoids of RULES."""
+    values, total = measures(texts), np.zeros(len(texts))
+    for name, (weight, a, b, c, d) in RULES.items():
+        total += weight * np.interp(values[name], [a, b, c, d], [0.0, 1.0, 1.0, 0.0])
+    return total
+
+
+@lru_cache(maxsize=4)
+def load_scorer(spec):
+    """The function of "FILE.py:function" as texts -> list. Raises UserError if there is none; the file's own errors too."""
+    path, colon, name = spec.rpartition(":")
+    if not colon or not path.endswith(".py") or not name.isidentifier():
+        raise UserError(f"scorer {spec!r}: write FILE.py:function")
+    if not Path(path).is_file():
+        raise UserError(f"scorer {spec!r}: the file {path} does not exist")
+    module_spec = importlib.util.spec_from_file_location("nanollm_scorer", path)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as e:
+        raise UserError(f"scorer {spec!r}: {path} cannot be loaded: {type(e).__name__}: {e}") from e
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"scorer {spec!r}: {path} has no function {name}")
+    try:
+        parameters = list(inspect.signature(function).parameters)
+    except ValueError:                                    # some functions written in C do not tell
+        parameters = []
+    return function if parameters[:1] == ["texts"] else lambda texts: [function(text) for text in texts]
+
+
+def score(table, cfg):
+    """Stage function: the column `quality` (float32), and by cfg.select the drop_reason "quality".
+
+    Raises UserError if the scorer fails or does not return one finite number a text.
+    """
+    texts = table["text"].to_pylist()
+    values = checked(cfg.scorer, table, texts) if cfg.scorer else rule_scores(texts)
+    values = np.asarray(values, dtype=np.float32)
+    table = columns.with_column(table, "quality", values, pa.float32())
+    if cfg.select == "none":
+        return table
+    if cfg.select == "threshold":
+        return columns.drop(table, values < np.float32(cfg.threshold), "quality")
+    keep = np.clip((values.astype(np.float64) - cfg.low) / (cfg.high - cfg.low), 0.0, 1.0)
+    return columns.drop(table, ngrams.uniform(cfg.seed, columns.numbers(table), "quality") >= keep, "quality")
+
+
+def checked(scorer, table, texts):
+    """float64 (D,): what the scorer says, one finite number a text."""
+    function = load_scorer(scorer)
+    try:
+        values = list(function(texts))
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(f"scorer {scorer!r} failed on the documents {table['id'][0]} to {table['id'][-1]}: "
+                        f"{type(e).__name__}: {e}") from e
+    if len(values) != len(texts):
+        raise UserError(f"scorer {scorer!r} returned {len(values)} numbers for {len(texts)} texts")
+    for number, value in enumerate(values):
+        if not isinstance(value, (int, float, np.integer, np.floating)) or not math.isfinite(value):
+            raise UserError(f"scorer {scorer!r} returned {value!r} for the document {table['id'][number]}; a finite number is wanted")
+    return np.array(values, dtype=np.float64)
