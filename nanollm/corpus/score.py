@@ -21,15 +21,16 @@ import pyarrow as pa
 from nanollm.config import UserError
 from nanollm.corpus import columns, ngrams
 
-# What rule_scores looks at: (weight, a, b, c, d): 0 up to a, rising to 1 at b, 1 until c, falling to 0 at d. The weights
-# add up to 1. Chosen by hand to tell prose from menus, lists of keywords and repeated text; no model was trained on them.
+# What rule_scores looks at: weight, then a, b, c, d: bad (0) up to a, rising to good (1) at b, good until c, bad from d on.
+# The weights add up to 1. Chosen by hand to tell prose from menus, lists of keywords and repeated text; nothing was fitted.
 RULES = {
-    "letters":      (0.25, 0.50, 0.75, 1.00, 1.01),       # share of visible characters that are letters or Han
-    "punctuation":  (0.25, 0.00, 0.02, 0.20, 0.40),       # share that are punctuation: none in a list of keywords
-    "line_ends":    (0.20, 0.00, 0.50, 1.00, 1.01),       # share of lines that end in a mark that ends a sentence
-    "distinct":     (0.20, 0.20, 0.60, 1.00, 1.01),       # distinct 3-unit shingles / all: low if it repeats itself
-    "length":       (0.10, 0, 100, math.inf, math.inf),   # visible characters
+    "letters":     (0.2, 0.50, 0.75, 1.00, 1.01),         # share of visible characters that are letters or Han
+    "punctuation": (0.2, 0.00, 0.02, 0.20, 0.40),         # share that are neither letters nor digits: 0 in a list of keywords
+    "line_ends":   (0.2, 0.00, 0.50, 1.00, 1.01),         # share of lines that end in a mark that ends a sentence
+    "distinct":    (0.3, 0.20, 0.60, 1.00, 1.01),         # distinct 3-unit shingles / all: low if it repeats itself
+    "length":      (0.1, 0, 100, 1e9, 2e9),               # visible characters
 }
+WORST = 0.01                              # a rule's value is at least this, so that no single one decides alone
 ENDS = "。！？!?….；;”」』\"')）"
 
 
@@ -69,11 +70,12 @@ def measures(texts):
 
 
 def rule_scores(texts):
-    """float64 (D,) in [0, 1]: the weighted mean of the trapezoids of RULES."""
-    values, total = measures(texts), np.zeros(len(texts))
+    """float64 (D,) in (0, 1]: the weighted geometric mean of what RULES say, so that a text that is good in one respect
+    does not buy itself out of another."""
+    values, logs = measures(texts), np.zeros(len(texts))
     for name, (weight, a, b, c, d) in RULES.items():
-        total += weight * np.interp(values[name], [a, b, c, d], [0.0, 1.0, 1.0, 0.0])
-    return total
+        logs += weight * np.log(np.maximum(np.interp(values[name], [a, b, c, d], [0.0, 1.0, 1.0, 0.0]), WORST))
+    return np.exp(logs)
 
 
 @lru_cache(maxsize=4)
@@ -88,7 +90,7 @@ def load_scorer(spec):
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-    except Exception as e:
+    except (Exception, SystemExit) as e:                  # a script that parses the command line exits
         raise UserError(f"scorer {spec!r}: {path} cannot be loaded: {type(e).__name__}: {e}") from e
     function = getattr(module, name, None)
     if not callable(function):
