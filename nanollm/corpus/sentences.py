@@ -63,12 +63,13 @@ def segments(texts, cfg):
 
 
 def sentence_ends(points, seen):
-    """bool (len(seen),): after 。！？!?… with the brackets and quotes that close behind it, and after a full stop before a
-    blank. A mark followed by another mark is not the end yet."""
-    marks = points[seen]
-    ender = np.isin(marks, ENDERS)
-    ender[:-1] |= (marks[:-1] == ord(".")) & (np.diff(seen) > 1)
-    closer, ends = np.isin(marks, CLOSERS), ender.copy()
+    """bool (len(seen),): after 。！？!?… and after a full stop before a blank, each with the quote or bracket that closes
+    behind it. A mark followed by another mark is not the end yet."""
+    marks, blank = points[seen], np.append(np.diff(seen) > 1, True)        # whether a blank follows
+    closer, ender = np.isin(marks, CLOSERS), np.isin(marks, ENDERS)
+    after = np.append(closer[1:] & blank[1:], False)[: len(marks)]
+    ender |= (marks == ord(".")) & (blank[: len(marks)] | after)
+    ends = ender.copy()
     ends[1:] |= closer[1:] & ender[:-1]
     ends[:-1] &= ~(ender[1:] | closer[1:])
     return ends
