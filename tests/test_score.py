@@ -52,7 +52,7 @@ def test_prose_of_both_languages_scores_above_every_kind_of_junk(kind):
 ])
 def test_each_measure_is_the_share_it_says(rule, text, want):
     """The 4 shingles of 一二三一二三 are 一二三 twice, 二三一 and 三一二."""
-    assert score.measures(["x", text])[rule][1] == pytest.approx(want)
+    assert score.measures(["x", text])[1, list(score.RULES).index(rule)] == pytest.approx(want)
 
 
 def test_the_weights_add_up_to_one_and_a_perfect_text_scores_one():

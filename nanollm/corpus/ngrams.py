@@ -18,6 +18,7 @@ import numpy as np
 
 GAMMA = 0x9E3779B97F4A7C15                # 2^64 / golden ratio, odd: the step of splitmix64 and the base B of the hash
 CHUNK = 1 << 17                           # characters hashed at a time: the arrays stay in the processor's cache
+BLANKS = np.array([code for code in range(0x3001) if chr(code).isspace()], dtype=np.uint32)
 HAN, LETTER, DIGIT = 1 << 24, 2 << 24, 3 << 24                                         # kind of unit, above the code point
 HAN_RANGES = ((0x3005, 0x3008), (0x3041, 0x3100), (0x31F0, 0x3200), (0x3400, 0x4DC0), (0x4E00, 0xA000), (0xF900, 0xFB00),
               (0xFF66, 0xFFA0), (0x20000, 0x33480))
@@ -157,7 +158,7 @@ def document_frequency(texts, n, bits=20):
     for first, end in chunks(texts):
         hashes, counts = shingles(texts[first:end], n)
         keys = (np.repeat(np.arange(end - first), counts) << bits) | (hashes >> np.uint64(64 - bits)).astype(np.int64)
-        total += np.bincount(np.unique(keys) & ((1 << bits) - 1), minlength=1 << bits)
+        np.add.at(total, np.unique(keys) & ((1 << bits) - 1), 1)
     return total
 
 

@@ -21,7 +21,6 @@ from nanollm.config import UserError
 from nanollm.corpus import columns, ngrams
 
 SEGMENT = np.dtype([("hash", "<u8"), ("documents", "<u4"), ("first", "<i8")])
-BLANKS = [code for code in range(0x3001) if chr(code).isspace()]
 ENDERS, CLOSERS = [ord(c) for c in "。！？!?…"], [ord(c) for c in "”’」』）)\"'"]
 
 
@@ -44,7 +43,7 @@ def segments(texts, cfg):
     found = [(np.zeros(0, dtype=np.uint64), *np.zeros((3, 0), dtype=np.int64))]
     for first, end in ngrams.chunks(texts):
         points, begins = ngrams.code_points(texts[first:end])
-        seen = np.flatnonzero(~np.isin(points, BLANKS))                    # places of the characters that are not blank
+        seen = np.flatnonzero(~np.isin(points, ngrams.BLANKS))                    # places of the characters that are not blank
         document = np.searchsorted(begins, seen, side="right") - 1
         line = np.cumsum(points == ord("\n"))[seen]
         last = np.ones(len(seen), dtype=bool)                              # the last character of its unit

@@ -5,8 +5,9 @@
      count: else both copies of a text would weigh 0.1, and together less than a text that has none.
 (ii) SoftDedup (He et al. 2024). A 4-gram model of the corpus gives each document its commonness p(x), the geometric mean
      of its units' probabilities; in K buckets of equal size the weight is proportional to 1 / p. Their model is Kneser-Ney's;
-     ours interpolates with a Dirichlet prior (MacKay & Peto 1995), which needs no more than counts. The rarest texts are
-     noise: filter before.
+     ours interpolates with a Dirichlet prior (MacKay & Peto 1995), which needs no more than counts, and leaves each
+     occurrence out of its own estimate (Ney, Essen & Kneser 1994): else a small corpus knows all its texts by heart, and
+     what occurs once looks half as common as what occurs a thousand times. The rarest texts are noise: filter before.
 
 Both write the column `weight`; `thin` turns it into how often a document is used. N-grams are counted in tables of
 2^bits buckets, so memory is fixed, and the tables of two halves of a corpus add up to that of the whole.
@@ -98,7 +99,7 @@ def count_ngrams(table, cfg):
         batch = ngrams.units(texts[first:end])
         for order in range(1, ORDER + 1):
             buckets, _ = buckets_of(batch, order, cfg.bits)
-            counts[order - 1] += np.bincount(buckets, minlength=1 << cfg.bits).astype(np.uint32)
+            np.add.at(counts[order - 1], buckets, np.uint32(1))
     return counts
 
 
@@ -111,22 +112,24 @@ def buckets_of(batch, order, bits):
 def commonness_of(texts, counts):
     """float32 (D,): the geometric mean of p(unit | up to 3 units before it); 0 for a text without units.
 
-        p_0 = 1 / 2^bits        p_n(w | h) = (count(h w) + PRIOR p_{n-1}(w | h')) / (count(h) + PRIOR)
+        p_0 = 1 / 2^bits        p_n(w | h) = (c(h w) + PRIOR p_{n-1}(w | h')) / (c(h) + PRIOR)
 
-    where h' is h without its first unit. `counts` come from count_ngrams.
+    where h' is h without its first unit, and c is one less than the count in `counts` (from count_ngrams of a corpus to
+    which the texts belong), but not negative.
     """
     bits, total = counts.shape[1].bit_length() - 1, counts[0].sum(dtype=np.int64)
     result = np.zeros(len(texts), dtype=np.float32)
     for first, end in ngrams.chunks(texts):
         batch = ngrams.units(texts[first:end])
-        history = np.full(len(batch.hashes), total, dtype=np.float64)      # count(h) by the place of the unit before w
+        seen = np.full(len(batch.hashes), total - 1, dtype=np.float64)     # c of the n-gram that ends at each unit; n = 0
         p = np.full(len(batch.hashes), 2.0**-bits)
         for order in range(1, ORDER + 1):
             buckets, starts = buckets_of(batch, order, bits)
-            seen, word = counts[order - 1][buckets].astype(np.float64), starts + order - 1
-            before = history[word - 1] if order > 1 else history
-            p[word] = np.minimum((seen + PRIOR * p[word]) / (before + PRIOR), 1.0)
-            history[word] = seen
+            last = starts + order - 1
+            history = seen[last - 1] if order > 1 else seen
+            counted = np.maximum(counts[order - 1][buckets].astype(np.float64) - 1, 0)
+            p[last] = np.minimum((counted + PRIOR * p[last]) / (history + PRIOR), 1.0)
+            seen[last] = counted
         bits_used = np.append(0, np.cumsum(np.rint(-np.log2(p) * FINE).astype(np.int64)))
         sizes = np.diff(batch.offsets)
         mean = (bits_used[batch.offsets[1:]] - bits_used[batch.offsets[:-1]]) / FINE / np.maximum(sizes, 1)
