@@ -65,7 +65,7 @@ def folding():
     return table
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def powers(n):
     """(B^i, B^-i) mod 2^64 for i < n, two uint64 arrays."""
     steps = np.full((2, n), [[GAMMA], [pow(GAMMA, -1, 2**64)]], dtype=np.uint64)
@@ -78,7 +78,7 @@ class Slices:
 
     def __init__(self, x):
         # Sizes are powers of two, so that the table of powers is computed a few times in a run and not for each batch.
-        self.forward, self.back = powers(1 << max(17, int(len(x)).bit_length()))
+        self.forward, self.back = powers(1 << max(18, len(x).bit_length()))
         self.sums = np.zeros(len(x) + 1, dtype=np.uint64)
         np.cumsum(x * self.forward[: len(x)], dtype=np.uint64, out=self.sums[1:])
 
@@ -151,6 +151,12 @@ def shingles(texts, n):
     return Slices(batch.hashes).hash(starts, ends), counts
 
 
+def distinct(x):
+    """The different values of an integer array, sorted. np.unique says the same through a hash table, several times slower."""
+    x = np.sort(x)
+    return x[np.append(True, x[1:] != x[:-1])[: len(x)]]
+
+
 def document_frequency(texts, n, bits=20):
     """int64 (2^bits,): in how many of the texts each n-unit shingle occurs, shingles being told apart by `bits` bits of
     their hash. Adding the arrays of two batches gives that of both."""
@@ -158,7 +164,7 @@ def document_frequency(texts, n, bits=20):
     for first, end in chunks(texts):
         hashes, counts = shingles(texts[first:end], n)
         keys = (np.repeat(np.arange(end - first), counts) << bits) | (hashes >> np.uint64(64 - bits)).astype(np.int64)
-        np.add.at(total, np.unique(keys) & ((1 << bits) - 1), 1)
+        np.add.at(total, distinct(keys) & ((1 << bits) - 1), 1)
     return total
 
 

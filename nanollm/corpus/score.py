@@ -65,8 +65,8 @@ def measures(texts):
         lines = [[line[-1] in ENDS for line in map(str.rstrip, text.split("\n")) if line] for text in texts[first:end]]
         hashes, shingles = ngrams.shingles(texts[first:end], 3)
         of = np.repeat(np.arange(end - first, dtype=np.uint64), shingles)
-        distinct = np.bincount((np.unique((of << np.uint64(40)) | (hashes >> np.uint64(24))) >> np.uint64(40)).astype(np.int64),
-                               minlength=end - first)
+        different = ngrams.distinct((of << np.uint64(40)) | (hashes >> np.uint64(24))) >> np.uint64(40)
+        distinct = np.bincount(different.astype(np.int64), minlength=end - first)
         count = [visible, visible, [len(own) for own in lines], shingles, np.ones(end - first)]
         share = [letters, marks, [sum(own) for own in lines], distinct, visible]
         parts.append((np.array(share) / np.maximum(count, 1)).T)
