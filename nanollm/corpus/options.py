@@ -42,6 +42,7 @@ class Dedup(Stage):
     keep: str = arg("first", "which of several stays: first | longest | best (by quality)")
     verify: bool = arg(True, "compute the true similarity of every candidate pair")
     min_units: int = arg(20, "shorter documents go only if equal", unit="characters or words")
+    hamming: int = arg(3, "simhash: candidates differ in at most so many bits", unit="of 64 bits")
     seed: int = arg(1, "of the permutations")
 
 
@@ -50,20 +51,39 @@ class Outliers(Stage):
     sigmas: float = arg(3.0, "dropped if further than this from the mean of its source", unit="standard deviations")
     ppl_low: float = arg(0.005, "dropped if its perplexity is below this quantile of its source (boilerplate)")
     ppl_high: float = arg(0.99, "… or above this one (noise)")
+    order: int = arg(3, "of the character model: 1 unigrams, 2 bigrams, 3 trigrams", least=1)
+
+
+@dataclass
+class Sentences(Stage):
+    unit: str = arg("line", "line | sentence")
+    span: int = arg(1, "so many of them in a row (C4: 3 sentences)", least=1)
+    min_segment: int = arg(30, "shorter ones are left alone", unit="characters")
+    min_documents: int = arg(10, "cut from all documents but the first if it stands in so many", least=2)
+
+
+@dataclass
+class Weigh(Stage):
+    by: str = arg("tfidf", "tfidf: cosine to the nearest earlier document | commonness: how probable its n-grams are (SoftDedup)")
+    threshold: float = arg(0.5, "tfidf: LSH looks for neighbours from this Jaccard similarity on")
+    thin: bool = arg(True, "drop documents by lot, with their weight as the probability to stay")
+    seed: int = arg(1234, "of that lottery")
 
 
 @dataclass
 class Decontaminate(Stage):
-    eval_data: list = arg([], "evaluation files: .csv with Question,A,B,C,D,Answer, .jsonl, .txt")
+    eval_data: list = arg([], "evaluation files or directories: .csv with Question,A,B,C,D,Answer, .jsonl, .txt")
     n: int = arg(13, "a run of so many units in common is a hit", unit="characters or words")
     policy: str = arg("cut", "cut: the hit and 200 characters around it | drop: the document")
 
 
 @dataclass
 class Score(Stage):
-    scorer: str = arg("rules", "rules, or FILE.py:function (text -> float)")
-    min_quality: float = arg(0.0, "documents below are dropped")
-    temperature: float = arg(0.0, "> 0: keep a document with probability min(1, exp((quality - 1) / temperature)) instead")
+    scorer: str = arg("", "FILE.py:function (text -> float); empty: the rules of score.py")
+    select: str = arg("none", "none: only the column | threshold | sample: by lot between --low and --high")
+    threshold: float = arg(0.5, "threshold: documents below are dropped")
+    low: float = arg(0.2, "sample: never kept at or below")
+    high: float = arg(0.8, "sample: always kept at or above")
     seed: int = arg(1234, "of that lottery")
 
 
@@ -92,9 +112,8 @@ class Compare:
 
 
 @dataclass
-class Build(Tokenize, Tokenizer, Score, Decontaminate, Outliers, Dedup, Clean):          # only to have the options of all
-    outliers: bool = arg(False, "also run the stage outliers")
-    scorer: str = arg("", "also run the stage score, with rules or FILE.py:function")
+class Build(Tokenize, Tokenizer, Decontaminate, Dedup, Clean):                         # only to have the options of all
+    seed: int = arg(1234, "of the order of the documents, and of the permutations of MinHash")
 
 
 @dataclass
