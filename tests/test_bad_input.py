@@ -5,7 +5,6 @@ readers, made by hypothesis from whole ones.
 """
 import csv
 import gzip
-import io as bytesio
 import json
 import os
 import random
@@ -13,6 +12,7 @@ import signal
 import threading
 import time
 from contextlib import contextmanager
+from io import BytesIO, StringIO
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+import prepare_data
 from nanollm.config import UserError
 from nanollm.corpus import driver, foreign, io, readers
 
@@ -74,7 +75,7 @@ def deadline(seconds):
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 def parquet(**columns):
-    out = bytesio.BytesIO()
+    out = BytesIO()
     pq.write_table(pa.table(columns), out)
     return out.getvalue()
 
@@ -253,7 +254,7 @@ def rows_of(kind):
         return b"[", [json.dumps({"text": s}, ensure_ascii=False, indent=1).encode() + b"," for s in SENTENCES[:-1]], json.dumps({"text": SENTENCES[-1]}).encode() + b"]"
     if kind == ".csv":
         def line(*fields):
-            out = bytesio.StringIO(newline="")
+            out = StringIO(newline="")
             csv.writer(out).writerow(fields)
             return out.getvalue().encode()
         return line("id", "text"), [line(i, s if i % 3 else f'"{s}"\n{s}') for i, s in enumerate(SENTENCES)], b""
@@ -361,6 +362,44 @@ def folder_of(factory, made=[]):
     if not made:
         made.append(factory.mktemp("fuzz"))
     return made[0]
+
+
+def command(*argv):
+    """prepare_data.py with the exit code that a shell would see."""
+    try:
+        prepare_data.main([str(a) for a in argv])
+        return 0
+    except SystemExit as e:
+        return e.code
+
+
+def test_the_command_survives_a_directory_of_all_that(tmp_path, capsys):
+    """The whole table and 60 broken files of every kind as one corpus: the sum is right, every bad row stands in quarantine with its
+    file and line; --strict says so with exit code 3, --fail_fast and --max_bad with 2 and one sentence."""
+    rng, raw = random.Random(1), tmp_path / "raw"
+    files = [(name, data) for _, name, data, _, _ in TABLE]
+    for i in range(60):
+        head, rows, tail = WHOLE[kind := KINDS[i % len(KINDS)]]
+        moves = [(rng.choice(["put", "flip", "cut", "repeat", "end"]), rng.random(), rng.randint(1, 255)) for _ in range(rng.randint(1, 3))]
+        moves = [(what, place, rng.choice(NASTY) if what == "put" else how) for what, place, how in moves]
+        data = broken(head + b"".join(rows) + tail, moves)[0]
+        files.append((f"a{kind}{'.gz' * (i % 4 == 0)}", gzip.compress(data) if i % 4 == 0 else data))
+    for i, (name, data) in enumerate(files):
+        (raw / f"{i:03d}").mkdir(parents=True)
+        (raw / f"{i:03d}" / name).write_bytes(data)
+    options = ["clean", "--input", raw, "--workers", 1, "--max_bad"]
+    with deadline(300):
+        assert command(*options, 1, "--out", tmp_path / "out") == 0
+    report = json.loads((tmp_path / "out" / "clean" / "report.json").read_text(encoding="utf-8"))
+    quarantined = [json.loads(line) for line in (tmp_path / "out" / "clean" / "quarantine.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    assert report["in"] == report["kept"] + sum(report["dropped"].values()) + sum(report["quarantined"].values()) and report["kept"] > 300
+    assert len(quarantined) == sum(report["quarantined"].values()) > 100
+    assert all(row["file"].startswith(io.shown(raw)) and row["line"] >= 0 and row["reason"] for row in quarantined)
+    capsys.readouterr()
+    assert command(*options, 1, "--out", tmp_path / "out", "--strict") == 3 and "--strict" in capsys.readouterr().err
+    for i, more in enumerate(([0.01], [1, "--fail_fast"])):
+        assert command(*options, *more, "--out", tmp_path / f"other{i}") == 2
+        assert "Traceback" not in (err := capsys.readouterr().err) and err.count("error: ") == 1 and io.shown(raw) in err
 
 
 @pytest.mark.parametrize("kind", KINDS)
