@@ -21,7 +21,7 @@ from nanollm.corpus import edits, filters, pii
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 EDIT_OPTIONS = {"urls": ("remove", "tag", "off"), "pii": ("mask", "drop", "off")}         # the others: true or false
 EDITS_OFF = ("wiki_marks", "repeated_sentences")          # unless a recipe turns them on
-SHARES_FROM = 100                                         # characters below which shares and counts of lines say little
+SHARES_FROM = 100                                         # units below which shares and counts of lines say little
 
 
 @dataclass(frozen=True)

@@ -253,6 +253,12 @@ def edges_of_runs(values, ranks):
     yield pack(ranks[later - place[later]], ranks[later])
 
 
+def distinct(numbers):
+    """The sorted distinct values of an array; several times as fast as np.unique, which hashes."""
+    numbers = np.sort(numbers)
+    return numbers[np.append(numbers[:-1] != numbers[1:], True)[:len(numbers)]]
+
+
 def pack(earlier, later):
     return later.astype(np.uint64) << np.uint64(32) | earlier.astype(np.uint64)
 
@@ -284,10 +290,11 @@ def band_rows(table, cfg):
 
 
 def edges_of_group(table):
-    """The rows of `band_rows` with one band and value -> {"edge"}, as the local join finds them."""
-    ranks = np.sort(table["rank"].to_numpy())
-    edges = [np.zeros(0, dtype=np.uint64), *edges_of_runs(np.zeros(len(ranks)), ranks)]
-    return pa.table({"edge": np.concatenate(edges)})
+    """Rows of `band_rows` of one band -> {"edge"}, as the local join finds them: all rows of a value must be there, and rows
+    of other values may be."""
+    values, ranks = table["value"].to_numpy(), table["rank"].to_numpy()
+    order = np.lexsort((ranks, values))
+    return pa.table({"edge": np.concatenate([np.zeros(0, dtype=np.uint64), *edges_of_runs(values[order], ranks[order])])})
 
 
 def ranked_sketch(sketch_path, begin, work):
@@ -323,38 +330,36 @@ def shingles_of_parts(parts, rank, cfg):
             first += len(table)
 
 
-def store_edges(path, edges):
-    """Write arrays of edges to `path`.u64 in sorted segments of about EDGES, and then their lengths to `path`.npy."""
+def store_edges(arrays, work):
+    """Write arrays of edges to segments.u64, in sorted segments of about EDGES, and then their lengths to segments.npy."""
     lengths, waiting, size = [], [], 0
 
     def flush(file):
-        segment = np.unique(np.concatenate(waiting))
+        segment = distinct(np.concatenate(waiting))
         segment.tofile(file)
         lengths.append(len(segment))
         waiting.clear()
-    with written(f"{path}.u64") as aside, open(aside, "wb") as file:
-        for array in edges:
-            waiting.append(array)
-            size += len(array)
+    with written(work / "segments.u64") as aside, open(aside, "wb") as file:
+        for edges in arrays:
+            waiting.append(edges)
+            size += len(edges)
             if size >= EDGES:
                 flush(file)
                 size = 0
         if size:
             flush(file)
-    save(f"{path}.npy", np.array(lengths, dtype=np.int64))
+    save(work / "segments.npy", np.array(lengths, dtype=np.int64))
 
 
-def merge_edges(paths, work, documents):
-    """edges.u64: the edges of all bands, sorted, each once; candidates.npy: the numbers of the documents they touch.
+def merge_edges(work, documents):
+    """edges.u64: the edges of all segments, sorted, each once; candidates.npy: the numbers of the documents they touch.
 
-    Every segment is sorted, so all edges between two bounds are found by bisection. The bounds are taken so that no
-    segment has more than its share of EDGES between two of them.
+    A segment is sorted, so its edges between two bounds are found by bisection. The bounds are taken so that no segment
+    has more than its share of EDGES between two of them.
     """
-    segments = []
-    for path in paths:
-        lengths = np.load(f"{path}.npy")
-        edges, cuts = numbers_in(f"{path}.u64", int(lengths.sum())), np.cumsum(lengths)
-        segments += [edges[cut - length:cut] for length, cut in zip(lengths.tolist(), cuts.tolist())]
+    cuts = np.cumsum(np.load(work / "segments.npy")).tolist()
+    edges = numbers_in(work / "segments.u64", cuts[-1] if cuts else 0)
+    segments = [edges[a:b] for a, b in zip([0, *cuts], cuts)]
     share = max(EDGES // max(len(segments), 1), 1)
     bounds = np.unique(np.concatenate([np.zeros(1, dtype=np.uint64), *(segment[::share] for segment in segments)]))
     places = [np.append(np.searchsorted(segment, bounds), len(segment)).tolist() for segment in segments]
@@ -363,7 +368,7 @@ def merge_edges(paths, work, documents):
         for k in range(len(bounds)):
             pieces = [segment[place[k]:place[k + 1]] for segment, place in zip(segments, places) if place[k] < place[k + 1]]
             if pieces:
-                edges = np.unique(np.concatenate(pieces))
+                edges = distinct(np.concatenate(pieces))
                 edges.tofile(file)
                 for ranks in unpack(edges):
                     touched[order[ranks]] = True
@@ -384,9 +389,9 @@ def write_shingles(item):
             for a, b in slices(texts):
                 hashes, offsets = minhash.ngrams(*minhash.units(texts[a:b], cfg.shingle), cfg.ngram)
                 for begin, end in zip(offsets.tolist(), offsets[1:].tolist()):
-                    distinct = np.unique(hashes[begin:end])
-                    distinct.tofile(file)
-                    lengths.append(len(distinct))
+                    shingles = distinct(hashes[begin:end])
+                    shingles.tofile(file)
+                    lengths.append(len(shingles))
     save(f"{path}.npy", np.cumsum(lengths))
 
 
@@ -532,17 +537,17 @@ def write_clusters(parts, starts, work):
 # ---- the pipeline ----------------------------------------------------------------------------------------------------
 
 def begin(parts, work, cfg):
-    """Make `work` ready and write its plan.json; work that was begun with other settings or other parts is thrown away."""
+    """Make `work` ready and write its deduplication.json; work that was begun with other settings or other parts is thrown away."""
     plan = {"config": dataclasses.asdict(cfg), "parts": [[str(p), os.stat(p).st_size, os.stat(p).st_mtime_ns] for p in parts]}
     text = json.dumps(plan, ensure_ascii=False, indent=1) + "\n"
-    if (work / "plan.json").exists():
-        if (work / "plan.json").read_text(encoding="utf-8") == text:
+    if (work / "deduplication.json").exists():
+        if (work / "deduplication.json").read_text(encoding="utf-8") == text:
             return
         shutil.rmtree(work)
-    elif work.exists() and any(work.iterdir()):
+    elif work.exists() and any(path.name != "deduplication.json.tmp" for path in work.iterdir()):
         raise UserError(f"{work} holds something that deduplication did not write; choose another directory")
     work.mkdir(parents=True, exist_ok=True)
-    with written(work / "plan.json") as aside:
+    with written(work / "deduplication.json") as aside:
         Path(aside).write_text(text, encoding="utf-8")
 
 
@@ -577,18 +582,16 @@ def deduplicate(parts, work, cfg, run, join=None):
     if len(order) > EARLIER:
         raise UserError(f"{len(order):,} documents are more than an edge of two 32-bit ranks can name; deduplicate in shards")
 
-    if cfg.sketch == "datasketch" or join:
-        paths = [work / "edges-00"]
-        if not (work / "edges-00.npy").exists():
-            store_edges(paths[0], join(sketches, work, cfg) if join else
-                        datasketch_edges(shingles_of_parts(parts, load(work / "rank.npy"), cfg), cfg))
-    else:
-        paths = [work / f"edges-{band:02d}" for band in range(bands)]
-        for band, path in enumerate(paths):
-            if not Path(f"{path}.npy").exists():
-                store_edges(path, edges_of_band(column(sketches, f"band_{band:02d}")[order]))
+    if not (work / "segments.npy").exists():
+        if join:
+            edges = join(sketches, work, cfg)
+        elif cfg.sketch == "datasketch":
+            edges = datasketch_edges(shingles_of_parts(parts, load(work / "rank.npy"), cfg), cfg)
+        else:
+            edges = (found for band in range(bands) for found in edges_of_band(column(sketches, f"band_{band:02d}")[order]))
+        store_edges(edges, work)
     if not (work / "candidates.npy").exists():
-        merge_edges(paths, work, documents)
+        merge_edges(work, documents)
 
     pairs = os.path.getsize(work / "edges.u64") // 8
     edges = numbers_in(work / "edges.u64", pairs)
@@ -616,7 +619,7 @@ def deduplicate(parts, work, cfg, run, join=None):
     del edges, order                                                        # Windows cannot remove what is mapped
     with written(work / "report.json") as aside:
         Path(aside).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    for pattern in ("sketch-*", "edges*", "shingles-*", "verified-*", "candidates.npy", "order.npy", "rank.npy", "exact.npy"):
+    for pattern in ("sketch-*", "segments.*", "edges.u64", "shingles-*", "verified-*", "candidates.npy", "order.npy", "rank.npy", "exact.npy"):
         for path in work.glob(pattern):
             path.unlink()
     return report

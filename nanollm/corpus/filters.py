@@ -106,6 +106,11 @@ class Doc:
         return np.diff(seen[self.unit_starts], append=seen[-1])
 
     @functools.cached_property
+    def unit_ends(self):
+        """(m + 1,) visible characters before each unit, and in all."""
+        return np.concatenate([[0], np.cumsum(self.unit_lengths)])
+
+    @functools.cached_property
     def unit_hashes(self):
         """(m,) uint64, equal for equal units: sum of code_i * B^i over the unit, modulo 2^64, then mixed."""
         starts = self.unit_starts
@@ -237,7 +242,7 @@ def alphabetic(doc, least_en=0.80, least_zh=0.735):
         return float(is_word(doc).mean()) < least_zh
     starts = np.flatnonzero(np.diff(doc.classes != BLANK, prepend=False) & (doc.classes != BLANK))
     letter = (doc.classes >= HAN) & (doc.classes <= LETTER)
-    return float(np.logical_or.reduceat(letter, starts).mean()) < least_en
+    return float(np.maximum.reduceat(letter.view(np.uint8), starts).mean()) < least_en
 
 
 def symbols(doc, most=0.1):
@@ -269,10 +274,10 @@ def digits(doc, most=0.3):
 
 
 def terminal_punctuation(doc, least_en=0.12, least_zh=0.106):
-    """Too few lines end like a sentence (FineWeb 0.12; FineWeb-2 0.106 with 。！？…；”」』）). C4 goes by the line and keeps
-    only those that end with . ? ! or a quote: that deletes 98 % of Chinese lines, so it is not offered."""
+    """Of three lines or more, too few end like a sentence (FineWeb 0.12; FineWeb-2 0.106 with 。！？…；”」』）). C4 goes by the
+    line and keeps only those that end with . ? ! or a quote: that deletes 98 % of Chinese lines, so it is not offered."""
     ends = sum(line[-1] in TERMINAL for line in doc.lines)
-    return ends < (least_zh if doc.chinese else least_en) * len(doc.lines)
+    return len(doc.lines) >= 3 and ends < (least_zh if doc.chinese else least_en) * len(doc.lines)
 
 
 def short_lines(doc, chars_en=30, chars_zh=10, most=0.67):
@@ -343,16 +348,9 @@ def groups(hashes):
     return order, np.flatnonzero(np.concatenate([[True], ranked[1:] != ranked[:-1], [True]]))
 
 
-def times_of_groups(hashes):
-    """(g,) how often each value occurs; cheaper than `groups`, since values sort faster than positions."""
-    ranked = np.sort(hashes)
-    return np.diff(np.flatnonzero(np.concatenate([[True], ranked[1:] != ranked[:-1], [True]])))
-
-
 def ngram_lengths(doc, n):
     """(m - n + 1,) visible characters of the n units from each on."""
-    seen = np.concatenate([[0], np.cumsum(doc.unit_lengths)])
-    return seen[n:] - seen[:-n]
+    return doc.unit_ends[n:] - doc.unit_ends[:-n]
 
 
 def covered(starts, n, lengths):
@@ -371,7 +369,8 @@ def duplicate_ngram_share(doc, n, ask_from=0.0):
     if len(doc.unit_hashes) <= n:
         return 0.0
     grams = ngram_hashes(doc.unit_hashes, n)
-    later = len(grams) - len(times_of_groups(grams))
+    ranked = np.sort(grams)                               # values sort faster than positions
+    later = int(np.count_nonzero(ranked[1:] == ranked[:-1]))
     if later * int(ngram_lengths(doc, n).max()) <= ask_from * doc.visible:
         return 0.0
     order, bounds = groups(grams)
@@ -399,27 +398,45 @@ def duplicate_ngrams(doc, en=((5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.
     return False
 
 
-def top_ngram_share(doc, n, ask_from=0.0):
+def times_of_top(doc, n):
+    """How often the most frequent n-gram of units occurs."""
+    ranked = np.sort(ngram_hashes(doc.unit_hashes, n))
+    return int(np.diff(np.flatnonzero(np.concatenate([[True], ranked[1:] != ranked[:-1], [True]]))).max())
+
+
+def top_ngram_share(doc, n):
     """Share of the characters that lie in the most frequent n-gram of units, each unit counted once; 0.0 if none occurs
-    twice, or if the share cannot exceed `ask_from`. Of n-grams that occur equally often the longest counts, then the first.
-    """
+    twice. Of n-grams that occur equally often the longest counts, then the first. (datatrove takes one that occurs once,
+    and drops short documents with it.)"""
     if len(doc.unit_hashes) <= n:
         return 0.0
-    grams = ngram_hashes(doc.unit_hashes, n)
-    most, lengths = int(times_of_groups(grams).max()), ngram_lengths(doc, n)
-    if most < 2 or most * int(lengths.max()) <= ask_from * doc.visible:
+    order, bounds = groups(ngram_hashes(doc.unit_hashes, n))
+    times = np.diff(bounds)
+    if times.max() < 2:
         return 0.0
-    order, bounds = groups(grams)
-    top = np.flatnonzero(np.diff(bounds) == most)
+    top = np.flatnonzero(times == times.max())
     first = order[bounds[top]]
-    best = top[np.lexsort((first, -lengths[first]))[0]]
+    best = top[np.lexsort((first, -ngram_lengths(doc, n)[first]))[0]]
     return covered(order[bounds[best]:bounds[best + 1]], n, doc.unit_lengths) / doc.visible
 
 
 def top_ngrams(doc, en=((2, 0.20), (3, 0.18), (4, 0.16)), zh=((3, 0.256), (5, 0.201), (6, 0.171))):
     """One short phrase makes up too much of the text: for any (n, most), the `top_ngram_share` exceeds `most` (Gopher for
-    English words; FineWeb-2 for Chinese, its n times 1.6)."""
-    return any(top_ngram_share(doc, n, most) > most for n, most in (zh if doc.chinese else en))
+    English words; FineWeb-2 for Chinese, its n times 1.6).
+
+    A longer n-gram occurs at most as often as the top n-gram, so its share is at most that number times its length: where
+    that is within the limit, nothing is sorted.
+    """
+    times = len(doc.unit_hashes)
+    for n, most in sorted(zh if doc.chinese else en):
+        if len(doc.unit_hashes) <= n:
+            return False
+        longest = int(ngram_lengths(doc, n).max())
+        if times * longest > most * doc.visible:
+            times = times_of_top(doc, n)
+            if times * longest > most * doc.visible and top_ngram_share(doc, n) > most:
+                return True
+    return False
 
 
 # In this order, cheap ones first; the first that holds is the reason. Of a text of a few words only the first group is
@@ -434,9 +451,10 @@ OFF = ("curly_brackets", "short_lines")                   # unless a recipe turn
 
 def reason_to_drop(doc, chosen, shares_from):
     """Name of the first filter that holds, or None. `chosen`: {name: thresholds as keyword arguments}. Texts shorter than
-    `shares_from` characters are only asked the filters in ALWAYS."""
-    for group, asked in ((ALWAYS, True), (PROSE, len(doc.text) >= shares_from and not doc.code), (REPETITION, len(doc.text) >= shares_from)):
-        for check in group if asked else ():
-            if check.__name__ in chosen and check(doc, **chosen[check.__name__]):
-                return check.__name__
-    return None
+    `shares_from` units are only asked the filters in ALWAYS, code none of those in PROSE."""
+    def first(group):
+        return next((f.__name__ for f in group if f.__name__ in chosen and f(doc, **chosen[f.__name__])), None)
+    reason = first(ALWAYS)
+    if reason or len(doc.text) < shares_from or len(doc.unit_starts) < shares_from:
+        return reason
+    return (None if doc.code else first(PROSE)) or first(REPETITION)

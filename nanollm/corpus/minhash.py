@@ -294,8 +294,8 @@ def expected_candidates(sample, bands, rows, threshold):
     the threshold. (mean over the n (n - 1) / 2 pairs, by the signatures' own estimate of J.)
 
     Of a pair whose signatures agree in m of P places, a band of r random places agrees with probability
-    C(m, r) / C(P, r): an unbiased estimate of J^r even where J is tiny, unlike (m / P)^r. b times that counts a pair once
-    for each of its bands, so it is cut off at 1.
+    C(m, r) / C(P, r): an unbiased estimate of J^r even where J is tiny, unlike (m / P)^r. Pairs that are rare and far above
+    the rest (a series of texts with one preface) may be absent from a sample; then there will be more than this.
     """
     n, num_perm = sample.shape
     agree = np.zeros(num_perm + 1, dtype=np.int64)                          # how many pairs agree in m places
@@ -303,7 +303,7 @@ def expected_candidates(sample, bands, rows, threshold):
         agree += np.bincount(np.count_nonzero(sample[i + 1:] == sample[i], axis=1), minlength=num_perm + 1)
     m = np.arange(num_perm + 1)
     band = np.prod([np.maximum(m - k, 0) / (num_perm - k) for k in range(rows)], axis=0)
-    chance = np.where(m < threshold * num_perm, np.minimum(bands * band, 1), 0)
+    chance = np.where(m < threshold * num_perm, 1 - (1 - band) ** bands, 0)
     return float(agree @ chance) / max(n * (n - 1) / 2, 1)
 
 

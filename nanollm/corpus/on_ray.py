@@ -5,13 +5,18 @@ lost with a node. Workers write the same parts with the same names into the same
 Lustre, a mounted bucket), aside and then renamed, so a task that runs twice does no harm and the bytes are the local
 runner's. RAY_ADDRESS chooses the cluster; without it Ray starts one on this machine.
 """
+import logging
 import os
 import pickle
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from nanollm.config import UserError
-from nanollm.corpus import io
+from nanollm.corpus import dedup, io
+
+GROUPS = 64                               # each band's values are joined in so many groups, so that a group is worth a task
 
 
 def start():
@@ -24,6 +29,7 @@ def start():
         ray.init(log_to_driver=False, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, [
             os.getcwd(), os.environ.get("PYTHONPATH")]))}})
     ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     return ray
 
 
@@ -51,3 +57,23 @@ def run(function, items, label="", seen=lambda result: None):
     finally:
         bar.close()
     return results
+
+
+def bands_of_sketch(table, cfg, work):
+    """Rows {"path", "first"} of sketch files -> the rows of dedup.band_rows, with the group that each value falls into."""
+    found = pa.concat_tables([dedup.band_rows(dedup.ranked_sketch(path, first, work), cfg)
+                              for path, first in zip(table["path"].to_pylist(), table["first"].to_pylist())])
+    return found.append_column("group", pa.array((found["value"].to_numpy() % np.uint64(GROUPS)).astype(np.int32)))
+
+
+def join(sketches, work, cfg):
+    """The band join of the deduplication as a shuffle: rows (band, value, rank), grouped by band and group of values, each
+    group to the edges that the local join finds in it. Yields arrays of edges."""
+    ray = start()
+    firsts = np.cumsum([0, *(pq.read_metadata(path).num_rows for path in sketches)])[:-1]
+    files = pa.table({"path": [str(path) for path in sketches], "first": firsts})
+    edges = ray.data.from_arrow([files.slice(i, 1) for i in range(len(sketches))]).map_batches(
+        bands_of_sketch, batch_format="pyarrow", batch_size=1, fn_args=(cfg, str(work))).groupby(["band", "group"]).map_groups(
+        dedup.edges_of_group, batch_format="pyarrow")
+    for batch in edges.iter_batches(batch_format="pyarrow", batch_size=None):
+        yield batch["edge"].to_numpy()

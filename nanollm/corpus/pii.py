@@ -67,7 +67,7 @@ def mask(text):
     """The text with personal data as tags. Screened first: most documents have neither an @ nor a long digit run."""
     if "@" in text:
         text = EMAIL.sub("<EMAIL>", text)
-    if any(word in text.lower() for word in ("qq", "微信", "wechat", "weixin")):
+    if any(word in text for word in ("QQ", "qq", "微信", "echat", "eixin")):
         text = ACCOUNT.sub(lambda m: (m[1] or m[2]) + "<ID>", text)
     if DIGITS.search(text):
         text = RESIDENT.sub(lambda m: "<ID>" if is_date(m[2], m[3], m[4]) and mod_11_2(m[0]) else m[0], text)
