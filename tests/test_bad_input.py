@@ -206,6 +206,17 @@ def test_an_open_quote_does_not_swallow_a_large_file(tmp_path, monkeypatch):
         assert [row["text"] for row in documents] == [f"row {i}" for i in range(400)] and [row["line"] for row in quarantined] == [2]
 
 
+@pytest.mark.parametrize("doc_sep", ["line", "blank"])
+def test_where_a_file_is_cut_into_tasks_cuts_no_document(tmp_path, doc_sep):
+    """At every byte of a file with all kinds of line ends, also just before the end of a line: the rest of it is no blank line."""
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeff一\n二\r\n\r\n三\n \n四\r五\n\n\n\n六\n七".encode())
+    want = [(row["id"], row["text"]) for row in ingest(path, tmp_path, doc_sep)[0]]
+    assert [text for _, text in want] == {"line": ["一", "二", "三", "四\r五", "六", "七"], "blank": ["一\n二", "三", "四\r五", "六\n七"]}[doc_sep]
+    for step in range(1, path.stat().st_size + 2):
+        assert [(row["id"], row["text"]) for row in ingest(path, tmp_path, doc_sep, step)[0]] == want, step
+
+
 def test_what_is_no_readable_file_is_skipped_or_refused(tmp_path):
     """An unknown extension, an empty file, a link in a circle, a link to nothing, a pipe: skipped with a reason each; nothing else: refused."""
     for name, data in {"a.txt": b"one\n", "b.docx": b"x", "c.jsonl": b"", "d.gz": b"x"}.items():
