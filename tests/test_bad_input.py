@@ -5,7 +5,6 @@ readers, made by hypothesis from whole ones.
 """
 import csv
 import gzip
-import io as bytesio
 import json
 import os
 import random
@@ -13,6 +12,7 @@ import signal
 import threading
 import time
 from contextlib import contextmanager
+from io import BytesIO, StringIO
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+import prepare_data
 from nanollm.config import UserError
 from nanollm.corpus import driver, foreign, io, readers
 
@@ -74,7 +75,7 @@ def deadline(seconds):
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 def parquet(**columns):
-    out = bytesio.BytesIO()
+    out = BytesIO()
     pq.write_table(pa.table(columns), out)
     return out.getvalue()
 
@@ -205,6 +206,17 @@ def test_an_open_quote_does_not_swallow_a_large_file(tmp_path, monkeypatch):
         assert [row["text"] for row in documents] == [f"row {i}" for i in range(400)] and [row["line"] for row in quarantined] == [2]
 
 
+@pytest.mark.parametrize("doc_sep", ["line", "blank"])
+def test_where_a_file_is_cut_into_tasks_cuts_no_document(tmp_path, doc_sep):
+    """At every byte of a file with all kinds of line ends, also just before the end of a line: the rest of it is no blank line."""
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeff一\n二\r\n\r\n三\n \n四\r五\n\n\n\n六\n七".encode())
+    want = [(row["id"], row["text"]) for row in ingest(path, tmp_path, doc_sep)[0]]
+    assert [text for _, text in want] == {"line": ["一", "二", "三", "四\r五", "六", "七"], "blank": ["一\n二", "三", "四\r五", "六\n七"]}[doc_sep]
+    for step in range(1, path.stat().st_size + 2):
+        assert [(row["id"], row["text"]) for row in ingest(path, tmp_path, doc_sep, step)[0]] == want, step
+
+
 def test_what_is_no_readable_file_is_skipped_or_refused(tmp_path):
     """An unknown extension, an empty file, a link in a circle, a link to nothing, a pipe: skipped with a reason each; nothing else: refused."""
     for name, data in {"a.txt": b"one\n", "b.docx": b"x", "c.jsonl": b"", "d.gz": b"x"}.items():
@@ -253,7 +265,7 @@ def rows_of(kind):
         return b"[", [json.dumps({"text": s}, ensure_ascii=False, indent=1).encode() + b"," for s in SENTENCES[:-1]], json.dumps({"text": SENTENCES[-1]}).encode() + b"]"
     if kind == ".csv":
         def line(*fields):
-            out = bytesio.StringIO(newline="")
+            out = StringIO(newline="")
             csv.writer(out).writerow(fields)
             return out.getvalue().encode()
         return line("id", "text"), [line(i, s if i % 3 else f'"{s}"\n{s}') for i, s in enumerate(SENTENCES)], b""
@@ -361,6 +373,44 @@ def folder_of(factory, made=[]):
     if not made:
         made.append(factory.mktemp("fuzz"))
     return made[0]
+
+
+def command(*argv):
+    """prepare_data.py with the exit code that a shell would see."""
+    try:
+        prepare_data.main([str(a) for a in argv])
+        return 0
+    except SystemExit as e:
+        return e.code
+
+
+def test_the_command_survives_a_directory_of_all_that(tmp_path, capsys):
+    """The whole table and 60 broken files of every kind as one corpus: the sum is right, every bad row stands in quarantine with its
+    file and line; --strict says so with exit code 3, --fail_fast and --max_bad with 2 and one sentence."""
+    rng, raw = random.Random(1), tmp_path / "raw"
+    files = [(name, data) for _, name, data, _, _ in TABLE]
+    for i in range(60):
+        head, rows, tail = WHOLE[kind := KINDS[i % len(KINDS)]]
+        moves = [(rng.choice(["put", "flip", "cut", "repeat", "end"]), rng.random(), rng.randint(1, 255)) for _ in range(rng.randint(1, 3))]
+        moves = [(what, place, rng.choice(NASTY) if what == "put" else how) for what, place, how in moves]
+        data = broken(head + b"".join(rows) + tail, moves)[0]
+        files.append((f"a{kind}{'.gz' * (i % 4 == 0)}", gzip.compress(data) if i % 4 == 0 else data))
+    for i, (name, data) in enumerate(files):
+        (raw / f"{i:03d}").mkdir(parents=True)
+        (raw / f"{i:03d}" / name).write_bytes(data)
+    options = ["clean", "--input", raw, "--workers", 1, "--max_bad"]
+    with deadline(300):
+        assert command(*options, 1, "--out", tmp_path / "out") == 0
+    report = json.loads((tmp_path / "out" / "clean" / "report.json").read_text(encoding="utf-8"))
+    quarantined = [json.loads(line) for line in (tmp_path / "out" / "clean" / "quarantine.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    assert report["in"] == report["kept"] + sum(report["dropped"].values()) + sum(report["quarantined"].values()) and report["kept"] > 300
+    assert len(quarantined) == sum(report["quarantined"].values()) > 100
+    assert all(row["file"].startswith(io.shown(raw)) and row["line"] >= 0 and row["reason"] for row in quarantined)
+    capsys.readouterr()
+    assert command(*options, 1, "--out", tmp_path / "out", "--strict") == 3 and "--strict" in capsys.readouterr().err
+    for i, more in enumerate(([0.01], [1, "--fail_fast"])):
+        assert command(*options, *more, "--out", tmp_path / f"other{i}") == 2
+        assert "Traceback" not in (err := capsys.readouterr().err) and err.count("error: ") == 1 and io.shown(raw) in err
 
 
 @pytest.mark.parametrize("kind", KINDS)

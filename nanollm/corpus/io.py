@@ -117,10 +117,12 @@ def cuts(path, size, step, at_blank):
             while left:
                 block = f.read(min(left, 1 << 22))
                 left, lines = left - len(block), lines + block.count(b"\n")
+            whole = block.endswith(b"\n")                # else the next piece is the end of a line, blank or not
             while line := f.readline(MAX_LINE):
                 lines += line.endswith(b"\n")
-                if line.endswith(b"\n") and not (at_blank and line.strip()):
+                if line.endswith(b"\n") and (not at_blank or whole and not line.strip()):
                     break
+                whole = line.endswith(b"\n")
             if f.tell() < size:
                 found.append((f.tell(), lines))
     return found
