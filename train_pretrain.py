@@ -15,11 +15,12 @@ import torch
 
 from nanollm import checkpoint, dist, evaluation
 from nanollm.config import UserError, arg, run
-from nanollm.data import Sampler, TokenFile, permute, tokenizer_of
+from nanollm.data import TokenFile, tokenizer_of
 from nanollm.log import Logger
 from nanollm.losses import IGNORE_INDEX, cross_entropy
 from nanollm.model import ModelArgs, Transformer, flops_per_token, parameter_count
 from nanollm.optim import get_lr, make_optimizer
+from nanollm.sampler import Sampler, permute
 
 
 @dataclass
