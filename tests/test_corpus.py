@@ -14,7 +14,6 @@ import pytest
 
 from nanollm.config import UserError
 from nanollm.corpus import clean, dedup, io, pack
-from nanollm.tokenizer import bpe_tokenizer, char_tokenizer, pattern_for
 
 PROSE = [
     "The class passes 3.14 to the function at 12:30; the others wait... and then, finally, it ends. Isn't it so?",
@@ -306,64 +305,3 @@ def test_decisions_do_not_depend_on_the_hash_seed(tmp_path):
     other = subprocess.run([sys.executable, "-c", code, str(docs.path)], capture_output=True, text=True, check=True,
                            cwd=Path(__file__).parents[1], env=os.environ | {"PYTHONHASHSEED": "7"}).stdout
     assert other == f"{decide(docs)} {[pack.in_validation(d['text'], 0.3) for d in docs]}\n" and "dup_of" in other
-
-
-# ---- token files -----------------------------------------------------------------------------------------------------
-
-def small_tokenizer():
-    return bpe_tokenizer([(104, 101), (108, 108), (256, 257)], pattern_for(512))
-
-
-def test_token_files_hold_each_document_and_one_eos(tmp_path):
-    """Sizes, offsets, counts; and the text comes back."""
-    tok, texts = small_tokenizer(), [f"hello {i} 你好 <|endoftext|>" for i in range(600)]
-    meta = pack.write_tokens(tmp_path, "train", iter(texts), tok)
-    tokens, ends = np.fromfile(tmp_path / "train.bin", "<u2"), np.fromfile(tmp_path / "train.idx", "<u8")
-    assert meta == json.loads((tmp_path / "train.json").read_text(encoding="utf-8"))
-    assert meta["n_tokens"] == len(tokens) == ends[-1]
-    assert meta["n_docs"] == len(ends) == 600 == (tokens == tok.eos_id).sum()
-    assert meta["n_bytes"] == sum(len(t.encode()) for t in texts) and meta["tokenizer_hash"] == tok.hash
-    starts = [0, *ends[:-1].tolist()]
-    assert [tok.decode(tokens[a:b - 1].tolist()) for a, b in zip(starts, ends.tolist())] == texts
-    assert all(tokens[int(b) - 1] == tok.eos_id for b in ends)
-
-
-def test_a_vocabulary_over_65536_takes_four_bytes(tmp_path):
-    """The switch lies exactly at 65,536; id 70,000 survives."""
-    assert pack.token_dtype(65536) == np.dtype("<u2") and pack.token_dtype(65537) == np.dtype("<u4")
-    tok = char_tokenizer("".join(chr(0x10000 + i) for i in range(70_000)))
-    meta = pack.write_tokens(tmp_path, "train", [chr(0x10000 + 69_999)], tok)
-    tokens = np.fromfile(tmp_path / "train.bin", "<u4")
-    assert meta["dtype"] == "uint32" and tok.decode(tokens.tolist()) == chr(0x10000 + 69_999) and tokens[0] > 65_535
-
-
-def test_an_id_beyond_the_vocabulary_is_refused(tmp_path):
-    """Rather than wrapped round by the cast."""
-    class Broken:
-        vocab_size, eos_id, hash = 64, 63, ""
-        encode_batch = staticmethod(lambda texts: [[70_000] for _ in texts])
-    with pytest.raises(UserError, match="70000"):
-        pack.write_tokens(tmp_path, "train", ["x"], Broken())
-
-
-def test_splits_are_disjoint_complete_shuffled_and_stable(tmp_path):
-    """Each document on one side, by its content alone: it stays there when others come; about the share asked for."""
-    tok, texts = small_tokenizer(), [f"document number {i}" for i in range(500)]
-    report = pack.write_splits(tmp_path, documents(tmp_path, texts), tok, 0.1, seed=1)
-
-    def read_back(split):
-        tokens, ends = np.fromfile(tmp_path / f"{split}.bin", "<u2"), np.fromfile(tmp_path / f"{split}.idx", "<u8")
-        return [tok.decode(tokens[int(a):int(b) - 1].tolist()) for a, b in zip([0, *ends[:-1]], ends)]
-
-    train, val = read_back("train"), read_back("val")
-    assert sorted(train + val) == sorted(texts) and not set(train) & set(val)
-    assert 25 <= len(val) == report["val"]["n_docs"] <= 80 and train != sorted(train, key=texts.index)
-    assert all(pack.in_validation(t, 0.1) for t in val)
-    pack.write_splits(tmp_path, documents(tmp_path, texts[::-1] + ["one more"]), tok, 0.1, seed=2)
-    assert set(val) <= set(read_back("val")) | {"one more"}
-
-
-def test_a_split_without_a_document_is_refused(tmp_path):
-    """One document cannot be on both sides."""
-    with pytest.raises(UserError, match="--val_fraction"):
-        pack.write_splits(tmp_path, documents(tmp_path, ["alone"]), small_tokenizer(), 0.5, seed=1)
