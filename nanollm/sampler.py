@@ -238,11 +238,11 @@ class Mixture:
             end = min(int(self.ends[p]), self.total)
             read = self.counts(end, p) - self.before[p]
             shares = ", ".join(f"{name} {n / max(1, end - begin):.1%}" for name, n in zip(self.names, read) if n)
-            lines.append(f"phase {p + 1}: samples {begin:,} to {end:,} (from update {begin / rows_per_step:.1f} on): {shares}")
+            lines.append(f"phase {p + 1}: samples {begin:,} to {end:,} (from update {begin // rows_per_step:,} on): {shares}")
         read = self.counts(self.total)
-        lines += [f"  {name}: {n:,} samples of {size:,} rows = {n / size:.2f} epochs" + " (never read)" * (n == 0)
-                  + "; note: more than 4 epochs, new text would teach more" * bool(n > 4 * size)
-                  for name, n, size in zip(self.names, read, self.sizes)]
+        for name, n, size in zip(self.names, read.tolist(), self.sizes.tolist()):
+            note = "; note: more than 4 epochs, new text would teach more" if n > 4 * size else "" if n else "; note: never read"
+            lines.append(f"  {name}: {n:,} samples of {size:,} rows = {n / size:.2f} epochs{note}")
         domain = 1 - read[0] / self.total
         if continued and domain > 0.15:
             lines.append(f"note: {domain:.0%} of this continued pretraining is not {self.names[0]}; beyond about 15 % general skills fade")
