@@ -28,7 +28,7 @@ from nanollm.config import UserError
 from nanollm.corpus import (adapters, bpe, clean as cleaning, compare as comparing, decontaminate as decontamination,
                             dedup as deduplication, driver, edits, filters, foreign, io, lm, minhash, on_ray, outliers as outlying, pack,
                             parts, passes, pii, readers, score as scoring,
-                            sentences as sentence_dedup, soft)
+                            sentences as sentence_dedup, soft, train_tokenizer as training)
 from nanollm.corpus.parts import Parts
 from nanollm.corpus.stage import stage
 from nanollm.corpus.options import (Build, Clean, Compare, Decontaminate, Dedup, Demo, Export, Outliers, Score, Sentences, Stage,
@@ -192,37 +192,51 @@ def tokenizer(cfg):
     given = tokenizers.load(cfg.tokenizer) if cfg.tokenizer else None
 
     def work(out):
-        tok = given or training.train(documents.texts(), cfg.kind, cfg.vocab_size, cfg.han_run)
+        texts = io.progress(documents.texts(), total=len(documents), desc="tokenizer", unit=" docs")
+        tok = given or training.train_tokenizer(cfg.kind, texts, cfg.vocab_size, cfg.han_run, cfg.sample_mb << 20,
+                                                lambda line: print("  " + line.removeprefix("tokenizer: ")))
         tok.save(out)
-        carried = comparing.carried(tok, list(documents.sample(2000)))
+        some = list(documents.sample(2000))
+        row, = comparing.compare({"": tok}, {"all": some} | comparing.by_language(some))
         print(f"  {tok.kind}, {tok.vocab_size:,} ids")
+        carried = {name: row[name] for name in comparing.languages([row])}
         for name, c in carried.items():
             print(f"    {name}: {c['bytes_per_token']:.2f} bytes, {c['chars_per_token']:.2f} characters a token")
         return {"kind": tok.kind, "vocab_size": tok.vocab_size, "hash": tok.hash, **carried.pop("all"), **carried}
     settings = {"tokenizer": given.hash} if given else settings_of(cfg)
-    stage(cfg, "tokenizer", documents, settings, [tokenizers, bpe], work)
+    stage(cfg, "tokenizer", documents, settings, [tokenizers, training, bpe], work)
+
+
+def compare(cfg):
+    """Several tokenizers side by side: bytes and characters a token by language, speed, and what the embedding costs."""
+    if not cfg.tokenizer and not cfg.vocab_size:
+        raise UserError("--tokenizer or --vocab_size: name the tokenizers to compare, or sizes to train ours at")
+    learn, measure = comparing.split(row["text"] for task in raw_tasks(cfg) for row in io.documents(task, lambda *bad: None))
+    tried = comparing.our_sizes(learn, [config.convert("vocab_size", size, 0, "command line") for size in cfg.vocab_size], cfg.han_run)
+    tried |= {Path(path).stem if Path(path).stem != "tokenizer" else Path(path).parent.name: tokenizers.load(path) for path in cfg.tokenizer}
+    rows = comparing.compare(tried, comparing.by_language(measure), cfg.dim, cfg.layers, cfg.hidden_dim, cfg.tied)
+    print(comparing.table(rows))
+    if cfg.plot:
+        comparing.plot(rows, cfg.plot)
 
 
 def tokenize(cfg):
     """Split off the validation documents, shuffle, encode, and write the token files."""
     documents = source_of(cfg, "tokenize")
-    tok = tokenizers.load(cfg.tokenizer or Path(cfg.out) / "tokenizer")
+    path = cfg.tokenizer or (Path(cfg.out) / "tokenizer").as_posix()
+    tok = tokenizers.load(path)
     if not 0 < cfg.val_fraction < 1:
         raise UserError(f"--val_fraction: {cfg.val_fraction} does not lie between 0 and 1")
 
     def work(out):
+        found = pack.write_splits(documents.paths, out, path, cfg.val_fraction, cfg.seed, driver.runner_of(cfg), cfg.shard_tokens, cfg.by_source)
         tok.save(out / "tokenizer")
-        report = pack.write_splits(documents.paths, out, out / "tokenizer", cfg.val_fraction, cfg.seed, driver.runner_of(cfg))
-        for split, m in report.items():
-            print(f"  {split}: {m['n_docs']:,} documents, {m['n_tokens']:,} tokens ({m['dtype']}), "
-                  f"{m['n_bytes'] / m['n_tokens']:.2f} bytes a token")
-        return report
-    stage(cfg, "tokens", documents, settings_of(cfg) | {"tokenizer": tok.hash}, [tokenizers, pack], work)
-
-
-def compare(cfg):
-    """Bytes and characters a token by language, speed, and what the embedding costs, for several tokenizers side by side."""
-    comparing.command(cfg)
+        for name, splits in (found if cfg.by_source else {"": found}).items():
+            for split, m in splits.items():
+                print(f"  {name} {split}: {m['n_docs']:,} documents, {m['n_tokens']:,} tokens ({m['dtype']}), "
+                      f"{m['n_bytes'] / m['n_tokens']:.2f} bytes a token")
+        return found
+    stage(cfg, "tokens", documents, settings_of(cfg) | {"tokenizer": tok.hash}, [tokenizers, pack], work, goes_on=True)
 
 
 def export(cfg):

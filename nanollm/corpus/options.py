@@ -90,8 +90,9 @@ class Score(Stage):
 @dataclass
 class Tokenizer(Stage):
     vocab_size: int = arg(6400, "size of the vocabulary to train, control tokens included", unit="tokens")
+    kind: str = arg("bpe", "bpe: byte-level BPE | sp_bpe, sp_unigram: SentencePiece | wordpiece, char: they lose what they do not know")
     han_run: int = arg(16, "most Han characters that may become one token; 1 = Chinese by character", least=1)
-    kind: str = arg("bpe", "bpe: byte-level BPE; char: one id a character, the baseline (unknown ones are lost)")
+    sample_mb: int = arg(16, "text to learn from, chosen by its hash; takes about 60 times as much memory", unit="MiB", least=1)
     tokenizer: str = arg("", "use this one instead of training: a directory, .model, tokenizer.json or .tiktoken")
 
 
@@ -100,15 +101,24 @@ class Tokenize(Stage):
     tokenizer: str = arg("", "a directory, .model, tokenizer.json or .tiktoken (default: OUT/tokenizer)")
     val_fraction: float = arg(0.02, "share of documents held out for validation, chosen by a hash of their text")
     seed: int = arg(1234, "order of the documents in the token files")
+    shard_tokens: int = arg(1 << 28, "most tokens of one file", least=1)
+    by_source: bool = arg(False, "a directory of token files for each source, to be mixed by weight: train_pretrain.py --mix")
 
 
 @dataclass
 class Compare:
     tokenizer: list = arg([], "directories, .model, tokenizer.json or .tiktoken files")
+    vocab_size: list = arg([], "also train our BPE at these sizes, on nine tenths of the text")
     input: list = arg([], "raw files or directories to measure them on")
+    han_run: int = arg(16, "of ours: most Han characters that may become one token", least=1)
     dim: int = arg(512, "width of the model whose embedding is counted")
     layers: int = arg(8, "its layers")
-    out: str = arg("", "also write the rows to this .json file, and a picture beside it (extra: plot)")
+    hidden_dim: int = arg(1376, "width of its feed-forward layers")
+    tied: bool = arg(False, "whether it shares input and output embedding")
+    plot: str = arg("", "also draw bytes a token over vocabulary size into this .png (extra: plot)")
+    doc_sep: str = arg("auto", "what ends a document in .txt: line | blank | file | auto (blank lines if any)")
+    runner: str = "local"
+    out: str = "out"
 
 
 @dataclass
