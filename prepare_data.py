@@ -27,13 +27,14 @@ from nanollm import config, tokenizer as tokenizers
 from nanollm.config import UserError
 from nanollm.corpus import (adapters, bpe, clean as cleaning, compare as comparing, decontaminate as decontamination,
                             dedup as deduplication, driver, edits, filters, foreign, io, lm, minhash, on_ray, outliers as outlying, pack,
-                            parts, pii, readers, score as scoring)
+                            parts, passes, pii, readers, score as scoring,
+                            sentences as sentence_dedup, soft, train_tokenizer as training)
 from nanollm.corpus.parts import Parts
 from nanollm.corpus.stage import stage
-from nanollm.corpus.options import (Build, Clean, Compare, Decontaminate, Dedup, Demo, Export, Outliers, Score, Stage, Tokenize,
-                                    Tokenizer)
+from nanollm.corpus.options import (Build, Clean, Compare, Decontaminate, Dedup, Demo, Export, Outliers, Score, Sentences, Stage,
+                                    Tokenize, Tokenizer, Weigh)
 
-FLOW = ("score", "decontaminate", "outliers", "dedup", "clean", "ingest")      # a stage reads the last one that is there
+FLOW = ("score", "decontaminate", "outliers", "weigh", "sentences", "dedup", "clean", "ingest")      # a stage reads the last one that is there
 
 
 def one_of(cfg, **choices):
@@ -112,7 +113,11 @@ def dedup(cfg):
     settings = deduplication.DedupConfig(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(deduplication.DedupConfig)})
     deduplication.bands_of(settings)                      # refuses what makes no sense
     source, work = source_of(cfg, "dedup"), Path(cfg.out) / "dedup.work"
-    found = {}
+    found, (shard, of) = {}, driver.shard_of(cfg.shard)
+    if of > 1:
+        deduplication.sketch_shard(source.paths, work, settings, driver.runner_of(cfg), shard, of)
+        print(f"dedup: shard {cfg.shard} is sketched; when all are, run `python prepare_data.py dedup` once without --shard")
+        return
 
     def steps():
         join = on_ray.join if cfg.runner == "ray" else None
@@ -127,14 +132,35 @@ def dedup(cfg):
         shutil.rmtree(work, ignore_errors=True)
 
 
-def outliers(cfg):
-    """Drop what the corpus itself finds strange: 3 sigma from the mean of its source, or a perplexity at either end."""
-    source = source_of(cfg, "outliers")
-    work = Path(cfg.out) / "outliers.work" / source.signature
+def two_passes(cfg, name, gather, code, after=lambda source, steps: {}):
+    """A stage that sees the whole corpus before it decides: gather(source, work, cfg, run) -> steps. `after` adds to the report."""
+    source, work, made = source_of(cfg, name), Path(cfg.out) / f"{name}.work", []
 
     def steps():
-        return [(outlying.outliers, outlying.gather(source.paths, work, cfg.sigmas, cfg.ppl_low, cfg.ppl_high, driver.runner_of(cfg)))]
-    return driver.run_stage(cfg, "outliers", driver.part_tasks(source), steps, settings_of(cfg, source), [outlying, lm])
+        made.extend(gather(source, work / source.signature, cfg, driver.runner_of(cfg)))
+        return made
+    report = driver.run_stage(cfg, name, driver.part_tasks(source), steps, settings_of(cfg, source), [passes, *code],
+                              lambda: after(source, made))
+    if report:
+        shutil.rmtree(work, ignore_errors=True)
+    return report
+
+
+def outliers(cfg):
+    """Drop what the corpus itself finds strange: 3 sigma from the mean of its source, or a perplexity at either end."""
+    return two_passes(cfg, "outliers", passes.outlier_steps, [outlying, lm])
+
+
+def sentences(cfg):
+    """Cut lines or sentences that stand in many documents (headers, footers, notices) from all of them but the first."""
+    one_of(cfg, unit="line sentence")
+    return two_passes(cfg, "sentences", passes.sentence_steps, [sentence_dedup])
+
+
+def weigh(cfg):
+    """Soft deduplication: the more like others a document is, the less it weighs; with --thin the weight is its chance to stay."""
+    one_of(cfg, by="tfidf commonness")
+    return two_passes(cfg, "weigh", passes.weigh_steps, [soft, deduplication, minhash])
 
 
 def decontaminate(cfg):
@@ -142,18 +168,21 @@ def decontaminate(cfg):
     one_of(cfg, policy="cut drop")
     if not cfg.eval_data:
         raise UserError("--eval_data: name the files of the tests that the model is to be judged by")
-    source = source_of(cfg, "decontaminate")
-    work = Path(cfg.out) / "decontaminate.work" / source.signature
 
-    def steps():
-        return [(decontamination.decontaminate, decontamination.gather(source.paths, cfg.eval_data, work, cfg.n, cfg.policy, driver.runner_of(cfg)))]
-    return driver.run_stage(cfg, "decontaminate", driver.part_tasks(source), steps, settings_of(cfg, source), [decontamination])
+    def found(source, steps):
+        rows = passes.contamination(source, steps[0][1], driver.runner_of(cfg))
+        for row in rows:
+            if row["items_hit"]:
+                print(f"  {row['task']}: {row['items_hit']:,} of {row['items']:,} items found, {row['coverage']:.0%} of their n-grams on the "
+                      f"average, in {row['documents']:,} documents")
+        return {"tasks": rows}
+    return two_passes(cfg, "decontaminate", passes.decontamination_steps, [decontamination], found)
 
 
 def score(cfg):
-    """Give every document a quality, and drop those below --min_quality, or by lot."""
+    """Give every document a quality, and drop those below --threshold, or by lot."""
     source = source_of(cfg, "score")
-    settings = scoring.config_of(cfg)
+    settings = scoring.Score(cfg.scorer, cfg.select, cfg.threshold, cfg.low, cfg.high, cfg.seed)
     return driver.run_stage(cfg, "score", driver.part_tasks(source), lambda: [(scoring.score, settings)], settings_of(cfg, source), [scoring])
 
 
@@ -163,37 +192,51 @@ def tokenizer(cfg):
     given = tokenizers.load(cfg.tokenizer) if cfg.tokenizer else None
 
     def work(out):
-        tok = given or training.train(documents.texts(), cfg.kind, cfg.vocab_size, cfg.han_run)
+        texts = io.progress(documents.texts(), total=len(documents), desc="tokenizer", unit=" docs")
+        tok = given or training.train_tokenizer(cfg.kind, texts, cfg.vocab_size, cfg.han_run, cfg.sample_mb << 20,
+                                                lambda line: print("  " + line.removeprefix("tokenizer: ")))
         tok.save(out)
-        carried = comparing.carried(tok, list(documents.sample(2000)))
+        some = list(documents.sample(2000))
+        row, = comparing.compare({"": tok}, {"all": some} | comparing.by_language(some))
         print(f"  {tok.kind}, {tok.vocab_size:,} ids")
+        carried = {name: row[name] for name in comparing.languages([row])}
         for name, c in carried.items():
             print(f"    {name}: {c['bytes_per_token']:.2f} bytes, {c['chars_per_token']:.2f} characters a token")
         return {"kind": tok.kind, "vocab_size": tok.vocab_size, "hash": tok.hash, **carried.pop("all"), **carried}
     settings = {"tokenizer": given.hash} if given else settings_of(cfg)
-    stage(cfg, "tokenizer", documents, settings, [tokenizers, bpe], work)
+    stage(cfg, "tokenizer", documents, settings, [tokenizers, training, bpe], work)
+
+
+def compare(cfg):
+    """Several tokenizers side by side: bytes and characters a token by language, speed, and what the embedding costs."""
+    if not cfg.tokenizer and not cfg.vocab_size:
+        raise UserError("--tokenizer or --vocab_size: name the tokenizers to compare, or sizes to train ours at")
+    learn, measure = comparing.split(row["text"] for task in raw_tasks(cfg) for row in io.documents(task, lambda *bad: None))
+    tried = comparing.our_sizes(learn, [config.convert("vocab_size", size, 0, "command line") for size in cfg.vocab_size], cfg.han_run)
+    tried |= {Path(path).stem if Path(path).stem != "tokenizer" else Path(path).parent.name: tokenizers.load(path) for path in cfg.tokenizer}
+    rows = comparing.compare(tried, comparing.by_language(measure), cfg.dim, cfg.layers, cfg.hidden_dim, cfg.tied)
+    print(comparing.table(rows))
+    if cfg.plot:
+        comparing.plot(rows, cfg.plot)
 
 
 def tokenize(cfg):
     """Split off the validation documents, shuffle, encode, and write the token files."""
     documents = source_of(cfg, "tokenize")
-    tok = tokenizers.load(cfg.tokenizer or Path(cfg.out) / "tokenizer")
+    path = cfg.tokenizer or (Path(cfg.out) / "tokenizer").as_posix()
+    tok = tokenizers.load(path)
     if not 0 < cfg.val_fraction < 1:
         raise UserError(f"--val_fraction: {cfg.val_fraction} does not lie between 0 and 1")
 
     def work(out):
+        found = pack.write_splits(documents.paths, out, path, cfg.val_fraction, cfg.seed, driver.runner_of(cfg), cfg.shard_tokens, cfg.by_source)
         tok.save(out / "tokenizer")
-        report = pack.write_splits(documents.paths, out, out / "tokenizer", cfg.val_fraction, cfg.seed, driver.runner_of(cfg))
-        for split, m in report.items():
-            print(f"  {split}: {m['n_docs']:,} documents, {m['n_tokens']:,} tokens ({m['dtype']}), "
-                  f"{m['n_bytes'] / m['n_tokens']:.2f} bytes a token")
-        return report
-    stage(cfg, "tokens", documents, settings_of(cfg) | {"tokenizer": tok.hash}, [tokenizers, pack], work)
-
-
-def compare(cfg):
-    """Bytes and characters a token by language, speed, and what the embedding costs, for several tokenizers side by side."""
-    comparing.command(cfg)
+        for name, splits in (found if cfg.by_source else {"": found}).items():
+            for split, m in splits.items():
+                print(f"  {name} {split}: {m['n_docs']:,} documents, {m['n_tokens']:,} tokens ({m['dtype']}), "
+                      f"{m['n_bytes'] / m['n_tokens']:.2f} bytes a token")
+        return found
+    stage(cfg, "tokens", documents, settings_of(cfg) | {"tokenizer": tok.hash}, [tokenizers, pack], work, goes_on=True)
 
 
 def export(cfg):
@@ -203,25 +246,24 @@ def export(cfg):
 
 
 def build(cfg):
-    """clean, dedup, (outliers, decontaminate, score,) tokenizer, tokenize: from raw files to what `train_pretrain.py --data` reads."""
+    """clean, dedup, (decontaminate,) tokenizer, tokenize: from raw files to what `train_pretrain.py --data` reads."""
     if cfg.shard != "0/1":
         raise UserError("--shard is for one stage at a time: run clean --shard i/n everywhere, then clean once, then dedup …")
-    last = ""
-    for function, cls, wanted in ((clean, Clean, True), (dedup, Dedup, True), (outliers, Outliers, cfg.outliers),
-                                  (decontaminate, Decontaminate, cfg.eval_data), (score, Score, cfg.scorer),
-                                  (tokenizer, Tokenizer, True), (tokenize, Tokenize, True)):
-        if wanted:
-            options = only(cfg, cls)
-            if last:
-                options.input = [str(Path(cfg.out) / last)]
-            if function is tokenize:
-                options.tokenizer = ""
-            function(options)
-            last = function.__name__ if function.__name__ in FLOW else last
+    stages = [(clean, Clean), (dedup, Dedup), *[(decontaminate, Decontaminate)] * bool(cfg.eval_data), (tokenizer, Tokenizer), (tokenize, Tokenize)]
+    last = None
+    for function, cls in stages:
+        options = only(cfg, cls)
+        if last:                                          # each stage reads the one before, whatever else lies in --out
+            options.input = [str(Path(cfg.out) / last)]
+        if function is tokenize:
+            options.tokenizer = ""                        # the one that was just made
+        function(options)
+        last = function.__name__ if function.__name__ in FLOW else last
     print(f"next: python train_pretrain.py --data {Path(cfg.out, 'tokens').as_posix()}")
 
 
-COMMANDS = {"demo": (demo, Demo), "clean": (clean, Clean), "dedup": (dedup, Dedup), "outliers": (outliers, Outliers),
+COMMANDS = {"demo": (demo, Demo), "clean": (clean, Clean), "dedup": (dedup, Dedup), "sentences": (sentences, Sentences),
+            "weigh": (weigh, Weigh), "outliers": (outliers, Outliers),
             "decontaminate": (decontaminate, Decontaminate), "score": (score, Score), "tokenizer": (tokenizer, Tokenizer),
             "compare": (compare, Compare), "tokenize": (tokenize, Tokenize), "export": (export, Export), "build": (build, Build)}
 

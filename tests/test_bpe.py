@@ -8,7 +8,8 @@ import tokenizers
 
 from nanollm.config import UserError
 from nanollm.corpus.bpe import PASSAGE, count_pieces, learn_merges, sample, train_bpe, train_char
-from nanollm.tokenizer import BYTE_CHAR, bpe_tokenizer, merge, pattern_for
+from nanollm.foreign_tokenizers import BYTE_CHAR
+from nanollm.tokenizer import bpe_tokenizer, merge, pattern_for
 
 
 def bilingual(n, seed=0):

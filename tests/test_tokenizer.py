@@ -12,7 +12,7 @@ import sentencepiece
 import tiktoken.load
 import tokenizers
 
-from nanollm import tokenizer as T
+from nanollm import foreign_tokenizers as F, tokenizer as T
 from nanollm.config import UserError
 from nanollm.corpus.bpe import train_bpe
 
@@ -89,7 +89,7 @@ def test_tiktoken_and_the_plain_encoder_agree(either):
 
 def test_hugging_face_reads_our_export_with_the_same_ids(either):
     """to_hf_json in the real library: same ids, same size, same control tokens; and our own reader takes it back."""
-    table = T.to_hf_json(either)
+    table = F.to_hf_json(either)
     theirs = tokenizers.Tokenizer.from_str(json.dumps(table))
     assert theirs.get_vocab_size() == either.vocab_size
     assert {name: theirs.token_to_id(name) for name in either.control} == either.control
@@ -110,7 +110,7 @@ def test_a_hundred_thousand_chinese_characters_are_quick(tok):
 def test_a_million_blanks_do_not_crash_tiktoken(tok, tmp_path):
     """An unbounded `\\s+(?!\\S)` makes tiktoken 0.14 panic with a BaseException; ours is bounded, foreign text is cut."""
     gpt2 = tmp_path / "tokenizer.json"
-    gpt2.write_text(json.dumps(T.to_hf_json(tok) | {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}),
+    gpt2.write_text(json.dumps(F.to_hf_json(tok) | {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}),
                     encoding="utf-8")
     for tokenizer in (tok, T.load(gpt2)):
         for text in (" " * 1_500_000, "\u3000" * 1_200_000 + "x"):
@@ -120,10 +120,10 @@ def test_a_million_blanks_do_not_crash_tiktoken(tok, tmp_path):
 def test_cutting_a_huge_text_does_not_change_its_ids():
     """Foreign tokenizers are fed in passages, cut only where their patterns cut anyway."""
     text = "\n".join(PROSE * 5) + "\nword\n\nword\n"
-    assert len(list(T.passages(text, 250))) > 5 and "".join(T.passages(text, 250)) == text
-    for pattern in (T.GPT2_PATTERN, T.QWEN_PATTERN, T.GPT4_PATTERN, T.pattern_for(512), T.pattern_for(10_000)):
+    assert len(list(F.passages(text, 250))) > 5 and "".join(F.passages(text, 250)) == text
+    for pattern in (F.GPT2_PATTERN, F.QWEN_PATTERN, F.GPT4_PATTERN, T.pattern_for(512), T.pattern_for(10_000)):
         whole = T.regex.findall(pattern, text)
-        assert [piece for part in T.passages(text, 250) for piece in T.regex.findall(pattern, part)] == whole
+        assert [piece for part in F.passages(text, 250) for piece in T.regex.findall(pattern, part)] == whole
 
 
 def test_the_pre_tokenizer_bounds_runs_and_splits_digits():
@@ -327,7 +327,7 @@ def test_foreign_tokenizers_give_the_ids_of_their_own_libraries(foreign, foreign
     hf = tokenizers.Tokenizer.from_file(str(foreign_files["hf"]))
     sp = sentencepiece.SentencePieceProcessor(model_file=str(foreign_files["sentencepiece"]))
     ranks = tiktoken.load.load_tiktoken_bpe(str(foreign_files["tiktoken"]))
-    tk = tiktoken.Encoding("t", pat_str=T.GPT4_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    tk = tiktoken.Encoding("t", pat_str=F.GPT4_PATTERN, mergeable_ranks=ranks, special_tokens={})
     assert {kind: tokenizer.kind for kind, tokenizer in foreign.items()} == {kind: kind for kind in foreign_files}
     for text in [*PROSE, *words(3, 150)]:
         assert foreign["hf"].encode(text) == hf.encode(text).ids and foreign["hf"].decode(hf.encode(text).ids) == text
@@ -344,13 +344,13 @@ def test_a_foreign_tokenizer_keeps_its_own_control_tokens(foreign):
 
 def test_reading_our_own_export_gives_the_same_tokenizer(either, tmp_path):
     """out and back through tokenizer.json: same ids, same control tokens, also exported a second time."""
-    (tmp_path / "tokenizer.json").write_text(json.dumps(T.to_hf_json(either)), encoding="utf-8")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(F.to_hf_json(either)), encoding="utf-8")
     back = T.load(tmp_path)
     assert back.kind == "hf" and back.control == either.control and back.pieces == either.pieces
     assert [back.encode(t) for t in PROSE + words(4, 50)] == [either.encode(t) for t in PROSE + words(4, 50)]
-    assert T.to_hf_json(back) == T.to_hf_json(either)
+    assert F.to_hf_json(back) == F.to_hf_json(either)
     with pytest.raises(UserError, match="has no tokenizer.json form"):
-        T.to_hf_json(T.char_tokenizer("abc"))
+        F.to_hf_json(T.char_tokenizer("abc"))
 
 
 @pytest.mark.parametrize("change, match", [
@@ -361,7 +361,7 @@ def test_reading_our_own_export_gives_the_same_tokenizer(either, tmp_path):
 ])
 def test_a_tokenizer_json_we_would_follow_wrongly_is_refused(tok, tmp_path, change, match):
     """Better no ids than other ids."""
-    change(table := T.to_hf_json(tok))
+    change(table := F.to_hf_json(tok))
     (tmp_path / "tokenizer.json").write_text(json.dumps(table), encoding="utf-8")
     with pytest.raises(UserError, match=match):
         T.load(tmp_path)

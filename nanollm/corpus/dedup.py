@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 from datasketch import MinHash, MinHashLSH
 
 from nanollm.config import UserError
-from nanollm.corpus import minhash
+from nanollm.corpus import minhash, simhash
 
 BATCH_CHARS = 65_536                      # characters sketched at once: their arrays stay in the cache
 MAX_RUN = 64                              # documents with one band value: up to here all pairs are candidates
@@ -55,18 +55,19 @@ class DedupConfig:
     bands: int = 0                        # 0: chosen from the threshold, by minhash.bands_and_rows
     rows: int = 0
     fn_weight: float = 0.5                # weight of an overlooked pair in that choice, against a false candidate
-    sketch: str = "numpy"                 # numpy | oph (one permutation, 3x faster) | datasketch (in memory, small corpora)
+    sketch: str = "numpy"                 # numpy | oph (one permutation, 3x faster) | datasketch (in memory, small corpora) | simhash
     shingle: str = "char"                 # unit: char | word | jieba
     cluster: str = "greedy"               # greedy | cc (connected components)
     keep: str = "first"                   # which of several copies stays: first | longest | best (column quality)
     verify: bool = True                   # False believes every candidate: only to see what that costs
     min_units: int = 20                   # shorter documents go only if equal
+    hamming: int = 3                      # simhash: candidates differ in at most so many of 64 bits
     seed: int = 1
 
 
 def bands_of(cfg):
     """(bands, rows) of a configuration. Raises UserError if it makes no sense."""
-    for name, choices in (("sketch", ("numpy", "oph", "datasketch")), ("shingle", ("char", "word", "jieba")),
+    for name, choices in (("sketch", ("numpy", "oph", "datasketch", "simhash")), ("shingle", ("char", "word", "jieba")),
                           ("cluster", ("greedy", "cc")), ("keep", ("first", "longest", "best"))):
         if getattr(cfg, name) not in choices:
             raise UserError(f"--{name}: {getattr(cfg, name)!r} is none of {', '.join(choices)}")
@@ -117,18 +118,21 @@ def signatures(texts, cfg):
 
 def sketch(table, cfg):
     """Documents -> what deduplication needs to know of each: its key (key_0, key_1), its number of units, its priority
-    (the higher, the rather it is kept) and the value of each band (band_00, ...; none with --sketch datasketch).
+    (the higher, the rather it is kept) and the value of each band (band_00, ...; none with --sketch datasketch, the
+    fingerprint with --sketch simhash).
 
     A table function: rows in = rows out, in order, each row's result its own. Raises UserError if `keep` wants a column
     that the table does not have.
     """
     (bands, rows), texts = bands_of(cfg), [text or "" for text in table["text"].to_pylist()]
     keys, lengths = np.zeros((len(texts), 2), dtype=np.uint64), np.zeros(len(texts), dtype=np.int64)
-    values = np.zeros((len(texts), 0 if cfg.sketch == "datasketch" else bands), dtype=np.uint64)
+    values = np.zeros((len(texts), {"datasketch": 0, "simhash": 1}.get(cfg.sketch, bands)), dtype=np.uint64)
     for a, b in slices(texts):
         keys[a:b] = text_keys(texts[a:b])
-        if cfg.sketch == "datasketch":
+        if cfg.sketch in ("datasketch", "simhash"):
             lengths[a:b] = np.diff(minhash.units(texts[a:b], cfg.shingle)[1])
+            if cfg.sketch == "simhash":
+                values[a:b, 0] = simhash.fingerprints(texts[a:b])
         else:
             signature, lengths[a:b] = signatures(texts[a:b], cfg)
             values[a:b] = minhash.band_hashes(signature, bands, rows)
@@ -551,6 +555,65 @@ def begin(parts, work, cfg):
         Path(aside).write_text(text, encoding="utf-8")
 
 
+def find_candidates(parts, work, cfg, run, join=None):
+    """sketch, exact, join: leaves edges.u64, candidates.npy and starts.npy in `work`; returns (starts, number of edges). The
+    arguments are those of `deduplicate`."""
+    bands, _ = bands_of(cfg)
+    counts = [pq.read_metadata(part).num_rows for part in parts]
+    starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
+    documents = int(starts[-1])
+    if not documents:
+        raise UserError("there are no documents to deduplicate")
+    if cfg.sketch == "datasketch" and documents > DATASKETCH_LIMIT:
+        raise UserError(f"--sketch datasketch holds about 10 KB a document in memory, {documents * 1e4 / 1e9:.0f} GB for {documents:,}; "
+                        "--sketch numpy does the same on disk")
+    begin(parts, work, cfg)
+    save(work / "starts.npy", starts)
+
+    sketches = sketch_files(parts, work)
+    run(sketch_part, list(zip(parts, sketches, [cfg] * len(parts))), "sketch")
+    if not (work / "rank.npy").exists():
+        find_exact_copies(sketches, work, cfg)
+    order = load(work / "order.npy")
+    if len(order) > EARLIER:
+        raise UserError(f"{len(order):,} documents are more than an edge of two 32-bit ranks can name; deduplicate in shards")
+
+    if not (work / "segments.npy").exists():
+        if cfg.sketch == "datasketch":
+            edges = datasketch_edges(shingles_of_parts(parts, load(work / "rank.npy"), cfg), cfg)
+        elif cfg.sketch == "simhash":
+            pairs = simhash.simhash_edges(column(sketches, "band_00")[order], cfg.hamming)
+            edges = [pack(pairs[:, 0], pairs[:, 1])]
+        elif join:
+            edges = join(sketches, work, cfg)
+        else:
+            edges = (found for band in range(bands) for found in edges_of_band(column(sketches, f"band_{band:02d}")[order]))
+        store_edges(edges, work)
+    if not (work / "candidates.npy").exists():
+        merge_edges(work, documents)
+    return starts, os.path.getsize(work / "edges.u64") // 8
+
+
+def sketch_files(parts, work):
+    return [work / f"sketch-{i:05d}.parquet" for i in range(len(parts))]
+
+
+def sketch_shard(parts, work, cfg, run, shard, of):
+    """The first step alone, and of it only every `of`-th part from number `shard` on: for launchers on several machines."""
+    parts, work = list(parts), Path(work)
+    begin(parts, work, cfg)
+    items = list(zip(parts, sketch_files(parts, work), [cfg] * len(parts)))
+    run(sketch_part, items[shard::of], "sketch")
+
+
+def candidate_pairs(parts, work, cfg, run):
+    """int64 (M, 2): document numbers, the earlier first, of all pairs that LSH proposes, not verified."""
+    work = Path(work)
+    _, pairs = find_candidates(list(parts), work, cfg, run)
+    order = np.load(work / "order.npy")
+    return np.stack([order[ranks] for ranks in unpack(numbers_in(work / "edges.u64", pairs))], axis=1)
+
+
 def deduplicate(parts, work, cfg, run, join=None):
     """Decide on every document of `parts`, a list of Parquet files with the columns id and text; returns the report.
 
@@ -561,40 +624,13 @@ def deduplicate(parts, work, cfg, run, join=None):
     """
     bands, rows = bands_of(cfg)
     parts, work = list(parts), Path(work)
-    counts = [pq.read_metadata(part).num_rows for part in parts]
-    starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
-    documents = int(starts[-1])
-    if not documents:
-        raise UserError("there are no documents to deduplicate")
-    if cfg.sketch == "datasketch" and documents > DATASKETCH_LIMIT:
-        raise UserError(f"--sketch datasketch holds about 10 KB a document in memory, {documents * 1e4 / 1e9:.0f} GB for {documents:,}; "
-                        "--sketch numpy does the same on disk")
     begin(parts, work, cfg)
     if (work / "report.json").exists():
         return json.loads((work / "report.json").read_text(encoding="utf-8"))
-    save(work / "starts.npy", starts)
-
-    sketches = [work / f"sketch-{i:05d}.parquet" for i in range(len(parts))]
-    run(sketch_part, list(zip(parts, sketches, [cfg] * len(parts))), "sketch")
-    if not (work / "rank.npy").exists():
-        find_exact_copies(sketches, work, cfg)
-    order = load(work / "order.npy")
-    if len(order) > EARLIER:
-        raise UserError(f"{len(order):,} documents are more than an edge of two 32-bit ranks can name; deduplicate in shards")
-
-    if not (work / "segments.npy").exists():
-        if join:
-            edges = join(sketches, work, cfg)
-        elif cfg.sketch == "datasketch":
-            edges = datasketch_edges(shingles_of_parts(parts, load(work / "rank.npy"), cfg), cfg)
-        else:
-            edges = (found for band in range(bands) for found in edges_of_band(column(sketches, f"band_{band:02d}")[order]))
-        store_edges(edges, work)
-    if not (work / "candidates.npy").exists():
-        merge_edges(work, documents)
-
-    pairs = os.path.getsize(work / "edges.u64") // 8
+    starts, pairs = find_candidates(parts, work, cfg, run, join)
+    documents, order = int(starts[-1]), load(work / "order.npy")
     edges = numbers_in(work / "edges.u64", pairs)
+    index = sum(path.stat().st_size for path in sketch_files(parts, work))
     if cfg.verify:
         candidates = np.load(work / "candidates.npy")
         cuts = np.searchsorted(candidates, starts).tolist()
@@ -612,9 +648,9 @@ def deduplicate(parts, work, cfg, run, join=None):
     kinds = np.bincount(kind, minlength=3).tolist()
     report = {"in": documents, "kept": kinds[0], "exact": kinds[1], "near": kinds[2],
               "only_exact": int(documents - (load(work / "exact.npy") != np.arange(documents)).sum() - len(order)),
-              "bands": bands, "rows": rows, "threshold": cfg.threshold, "candidates": pairs,
+              "bands": bands, "rows": rows, "threshold": cfg.threshold, "candidates": pairs, "index_bytes": index,
               "verified": sum(len(load(path)) for path in verified) if cfg.verify else None,
-              "expected_false_candidates": expected_false_candidates(parts, starts, order, cfg),
+              "expected_false_candidates": expected_false_candidates(parts, starts, order, cfg) if cfg.sketch != "simhash" else None,
               "cluster_sizes": {str(size): int(n) for size, n in zip(sizes, how_many)}}
     del edges, order                                                        # Windows cannot remove what is mapped
     with written(work / "report.json") as aside:
@@ -672,13 +708,13 @@ def expected_false_candidates(parts, starts, order, cfg, sample=SAMPLE):
 
 def lines(report):
     """What a person wants to know of a report."""
-    b, r, t = report["bands"], report["rows"], report["threshold"]
+    b, r, t, false = report["bands"], report["rows"], report["threshold"], report["expected_false_candidates"]
     chance = ", ".join(f"{minhash.candidate_probability(s, b, r):.3f} at {s:g}" for s in (t, min(t + 0.1, 1.0)))
-    false = report["expected_false_candidates"]
-    return [f"{b} bands of {r} rows: a pair is looked at with probability {chance}",
-            f"{report['candidates']:,} candidate pairs; by chance {false['pairs']:,.0f} below the threshold were expected, which unverified "
-            f"would cost {false['removed_if_believed']:.2%} of the documents",
-            f"exact copies {report['exact']:,}, near copies {report['near']:,}; {report['only_exact']:,} documents are too short for near copies"]
+    said = [f"{b} bands of {r} rows: a pair is looked at with probability {chance}",
+            f"by chance {false['pairs']:,.0f} pairs below the threshold were expected, which unverified would cost "
+            f"{false['removed_if_believed']:.2%} of the documents"] if false else []
+    return said + [f"{report['candidates']:,} candidate pairs; exact copies {report['exact']:,}, near copies {report['near']:,}; "
+                   f"{report['only_exact']:,} documents are too short for near copies"]
 
 
 def largest_clusters(parts, work, count=10, members=3):

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from nanollm.config import UserError
 
 EXPORTS = ("documents.jsonl", "dropped.jsonl")
-STAGES = ("ingest", "clean", "dedup", "outliers", "decontaminate", "score", "tokenizer", "tokens")
+STAGES = ("ingest", "clean", "dedup", "sentences", "weigh", "outliers", "decontaminate", "score", "tokenizer", "tokens")
 ROWS, BYTES = 1024, 16 << 20              # the most documents, and bytes of text, in one row group and one table
 SCHEMA = pa.schema([
     ("id", pa.string()), ("text", pa.large_string()),    # large: 64-bit offsets; `string` ends at 2 GiB an array

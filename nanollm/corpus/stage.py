@@ -11,11 +11,12 @@ from nanollm.corpus.driver import peak_rss_mb
 from nanollm.corpus.parts import gather, read_report, write_json
 
 
-def stage(cfg, name, documents, settings, code, work):
+def stage(cfg, name, documents, settings, code, work, goes_on=False):
     """Run work(directory) -> report for OUT/NAME, and rename the directory to that once it is whole.
 
     Skipped if that was done before: with the same settings, the same source of the modules `code` (so that an edited rule
-    takes effect), and the same `documents` (parts.Parts, or None). OUT/report.json gathers the reports of all stages.
+    takes effect), and the same `documents` (parts.Parts, or None). With `goes_on`, work finds what an interrupted try has left,
+    and tells by itself what of that still holds. OUT/report.json gathers the reports of all stages.
     """
     target = Path(cfg.out) / name
     aside, before = Path(f"{target}.tmp"), read_report(target)
@@ -28,8 +29,9 @@ def stage(cfg, name, documents, settings, code, work):
     if not before and target.exists() and (target.is_file() or any(target.iterdir())):
         raise UserError(f"--out: {target} holds something that prepare_data.py did not write; choose another directory")
     try:
-        shutil.rmtree(aside, ignore_errors=True)          # the rest of an interrupted run
-        aside.mkdir(parents=True)
+        if not goes_on:
+            shutil.rmtree(aside, ignore_errors=True)      # the rest of an interrupted run
+        aside.mkdir(parents=True, exist_ok=True)
         print(target.name, flush=True)
         start = time.time()
         report = work(aside)
