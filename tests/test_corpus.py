@@ -1,4 +1,4 @@
-"""Readers, cleaning, deduplication and token files: what goes in, what comes out, and that nothing is lost between."""
+"""Readers, deduplication and token files: what goes in, what comes out, and that nothing is lost between."""
 import gzip
 import json
 import os
@@ -13,18 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanollm.config import UserError
-from nanollm.corpus import clean, dedup, io, pack
+from nanollm.corpus import dedup, io, pack
 from nanollm.tokenizer import bpe_tokenizer, char_tokenizer, pattern_for
-
-PROSE = [
-    "The class passes 3.14 to the function at 12:30; the others wait... and then, finally, it ends. Isn't it so?",
-    "今天上午9:30，气温是23.5度，大约有1,000人参加。他说：“我们明天再来……”然后就走了！真的吗？",
-    "比例为3：2的混合物（约100克），加热后静置。\n第二行从这里开始，没有问题。",
-    "She paid $1,250.75 (about €1,100) for it, i.e. half. x < 3 and y > 4; a<b and c>d; <unk> stays, R&D too.",
-    "约翰.史密斯在2020。他考了100，3天后离开。选择A、B或C；见第3.2节。从2数到5：2、3、4、5。",
-    "    indented code is rare, but e-mail me@host.org is left: U.S.A., 50%, #1, A+B=C, ~/bin, foo_bar[0]",
-]
-
 
 def documents(tmp_path, texts):
     path = tmp_path / "documents.jsonl"
@@ -39,89 +29,6 @@ def read(tmp_path, path, doc_sep="auto"):
     rows = list(io.read_documents({path: io.choose_separator(path, doc_sep)}, quarantine))
     quarantine.file.close()
     return [row["text"] for row in rows], quarantine
-
-
-# ---- cleaning --------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("text", PROSE)
-def test_clean_prose_passes_unchanged(text):
-    """Decimals, times, thousands, ellipses, code and comparisons are no errors."""
-    assert clean.normalise(text) == text.strip()
-
-
-@pytest.mark.parametrize("dirty, want", [
-    ("多么好！！！！真的吗？？", "多么好！真的吗？"),
-    ("Wow!!!! Really???? yes....... no", "Wow! Really? yes... no"),
-    ("等等…………好吧", "等等……好吧"),
-    ("<p>Hello <b>big</b> world</p><p>again</p>", "Hello big world\n\nagain"),
-    ("one<br/>two<!-- hidden --><script>var x = 1;</script> three", "one\ntwo three"),
-    ("a &amp; b &lt;3 &#20320;&nbsp;x&not", "a & b <3 你 x&not"),
-    ("&amp;lt;b&amp;gt;bold&amp;lt;/b&amp;gt; text", "bold text"),
-    ("见https://a.cn/x?y=1，然后", "见，然后"),
-    ("看www.a.cn这里，还有 (https://b.org/c).", "看这里，还有 ()."),
-    ("你好,世界!他说:走吧", "你好，世界！他说：走吧"),
-    ("买了(两个)苹果.", "买了（两个）苹果。"),
-    ("Hello，world at 12：30 and 3．14，上午9：05开始", "Hello,world at 12:30 and 3.14，上午9:05开始"),
-    ("a\r\nb\rc\u2028d\x00e\u200bf\ufeff", "a\nb\nc\ndef"),
-    ("x" + " " * 20 + "y   \n\n\n\n\n\nz\t", "x y\n\n\nz"),
-    ("cafe\u0301 ①２", "caf\u00e9 ①２"),
-])
-def test_each_edit_does_what_it_says(dirty, want):
-    """One case for each rule; NFC composes é but leaves ① and full-width digits alone."""
-    assert clean.normalise(dirty) == want
-
-
-def test_normalising_twice_changes_nothing():
-    """2,000 random mixtures of everything that the rules look at."""
-    atoms = ["你", "好", "a", "B ", "1", " ", "  ", "\n", "\r", "\t", "\u3000", ",", "，", ".", "。", "!", "！", "?", "：", ":",
-             "(", ")", "（", "…", "......", "&", "amp;", "&lt;", "&gt;", "&#60;", "<b>", "</p>", "<a href=x>", "<", ">", "=",
-             "\u200b", "https://x.y/z", "www.", "://", "-", "\u0301", "<!--", "-->", "<script>", "</script>", "\x85", "．",
-             ";", "\xa0"]
-    rng = random.Random(0)
-    for _ in range(2000):
-        once = clean.normalise("".join(rng.choices(atoms, k=rng.randint(1, 25))))
-        assert clean.normalise(once) == once
-
-
-def test_fourteen_characters_are_dropped_and_fifteen_kept():
-    """The notes' limit, counted after cleaning: blanks at the ends do not help."""
-    assert clean.clean("abcdefghijklmn")[1] == "too_short"
-    assert clean.clean("abcdefghijklmno")[1] is None
-    assert clean.clean("一二三四五六七八九十一二三四" + " " * 5)[1] == "too_short"
-    assert clean.clean("一二三四五六七八九十一二三四五")[1] is None
-
-
-@pytest.mark.parametrize("text, reason", [
-    ("", "empty"), (" \n\t\u200b\ufeff ", "empty"), ("short", "too_short"),
-    ('<div class="nav"><a href="/home">Home</a><a href="/about">About us</a></div>', "markup"),
-    ("https://example.com/a/very/long/path and https://example.com/another", "markup"),
-    ("哈哈！！！！！！！！！！！！！！！！", "repeated_punctuation"),
-    ("Is this real?????????????????????????? Yes", "repeated_punctuation"),
-    ("?!" * 20, "repeated_punctuation"), ("########=======" * 3, "repeated_punctuation"),
-    ("=-=-=-=-=- Title", "repeated_punctuation"),
-    ("A long enough heading with a rule under it\n=====\nand text", None),
-    ("<p>A <i>long</i> enough sentence with two tags stays.</p>", None),
-    ("很好很好！！这个东西确实不错，大家都可以来看看。", None),
-])
-def test_every_drop_has_the_reason_one_would_give(text, reason):
-    """And what is merely edited is kept."""
-    assert clean.clean(text)[1] == reason
-
-
-def test_documents_in_are_kept_or_dropped_or_quarantined(tmp_path):
-    """The three files and the report account for every row; dropped rows are written as they were."""
-    raw = tmp_path / "raw.jsonl"
-    good = [f"A perfectly good sentence, number {i}." for i in range(300)]
-    rows = [json.dumps({"text": t}) for t in [*good, "short", "", "!" * 26]]
-    raw.write_text("\n".join([*rows, "{broken", '{"text": 3}']) + "\n", encoding="utf-8")
-    report = clean.clean_corpus({raw: "line"}, tmp_path)
-    lines = {name: (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-             for name in ("documents", "dropped", "quarantine")}
-    assert report["dropped"] == {"too_short": 1, "empty": 1, "repeated_punctuation": 1}
-    assert report["quarantined"] == {"broken_json": 1, "text_not_a_string": 1}
-    assert report["in"] == 305 == sum(map(len, lines.values())) and report["kept"] == 300 == len(lines["documents"])
-    assert json.loads(lines["dropped"][0]) == {"id": f"{raw.as_posix()}:301", "text": "short", "reason": "too_short"}
-    assert json.loads(lines["quarantine"][0])["line"] == 304
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
