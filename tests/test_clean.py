@@ -215,7 +215,8 @@ def test_every_recipe_reads_and_every_filter_can_be_switched_off(path):
     ("[filter.digits]\nmost = 1", ["unknown option 'filter'", "'filters'"]), ("[filters.digit]\nmost = 1.0", ["'digit'", "'digits'"]),
     ("[filters.digits]\nmots = 1.0", ["'mots'", "'most'"]), ("[edits]\npunctuations = true", ["'punctuations'", "'punctuation'"]),
     ("[edits]\nurls = true", ["urls", "remove", "tag", "off"]), ("[edits]\nmarkup = 'yes'", ["markup", "true or false"]),
-    ("[filters.digits]\nmost = 'x'", ["most", "number"]), ("[filters.digits]\nmost = -1.0", ["most", "-1"]), ("[filters.too_short]\nchars = 1.5", ["chars", "whole"]),
+    ("[filters.digits]\nmost = 'x'", ["most", "number"]), ("[filters.digits]\nmost = -1.0", ["most", "-1"]),
+    ("[filters.too_short]\nchars = 1.5", ["chars", "whole"]),
     ("[filters.digits]\nmost = nan", ["most"]), ("[filters.digits]\noff = 1", ["off", "true or false"]),
     ("[filters.duplicate_ngrams]\nzh = [8]", ["zh", "[n, share]"]), ("[filters.language]\nkeep = 'zh'", ["keep", "list"]),
     ("filters = 3", ["filters", "table"]), ("edits = true", ["edits", "table"]), ("[filters.keywords]\npath = 'none.txt'", ["none.txt", "keywords"]),
@@ -262,7 +263,8 @@ def chat(*contents):
 def test_the_stage_keeps_rows_and_order_and_sets_its_columns():
     """Whatever the batch: one table of all rows, or a table for each."""
     texts = [text for text, _ in THIRTY]
-    rows = [{"id": str(i), "text": t, "source": "s", "meta": '{"url": "x"}' if i % 2 else "", "drop_reason": "adapter" if i == 3 else None} for i, t in enumerate(texts)]
+    rows = [{"id": str(i), "text": t, "source": "s", "meta": '{"url": "x"}' if i % 2 else "", "drop_reason": "adapter" if i == 3 else None}
+            for i, t in enumerate(texts)]
     rows.append({"id": "x", "text": None, "source": "s", "meta": None, "drop_reason": None})
     whole = clean.clean(table(rows), read_recipe())
     assert whole.column_names == ["id", "text", "source", "meta", "drop_reason", "lang", "n_chars", "edits"]

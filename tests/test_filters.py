@@ -35,10 +35,12 @@ ZH = [
     "当月亮走到太阳和地球之间，它背对我们，这就是新月；当地球走到太阳和月亮之间，我们看到的是满月。有人以为月缺是地球的影子造成的，其实那是月食，"
     "一年里只有几次，而月亮的圆缺每个月都在发生。",
 ]
-VERSE = ["春风轻轻吹过\n河边的柳树\n小船慢慢划着\n月光落在水里\n\n我想起你的歌\n想起那年夏天\n萤火虫提着灯\n照亮回家的路\n\n春风轻轻吹过\n河边的柳树\n孩子已经长大\n歌声还在水里\n\n"
+VERSE = ["春风轻轻吹过\n河边的柳树\n小船慢慢划着\n月光落在水里\n\n我想起你的歌\n想起那年夏天\n萤火虫提着灯\n照亮回家的路\n\n"
+         "春风轻轻吹过\n河边的柳树\n孩子已经长大\n歌声还在水里\n\n"
          "我想起你的歌\n想起那年夏天\n星星落进井里\n谁也没有去捞\n\n远方的信到了\n纸上没有一个字\n只有一片叶子\n夹着去年的秋",
-         "The river said\nthat it was late,\nthe willow said\nthat it could wait.\n\nA boat went by\nwith no one in,\nthe moon came up\nas thin as tin.\n\nThe river said\nthat it was late,\n"
-         "the willow said\nthat it could wait.\n\nAnd I, who had\nno word to say,\nsat on the stones\nand looked away.\n\nThe night was long,\nthe night was wide,\na frog began\non the other side.\n\n"
+         "The river said\nthat it was late,\nthe willow said\nthat it could wait.\n\nA boat went by\nwith no one in,\nthe moon came up\n"
+         "as thin as tin.\n\nThe river said\nthat it was late,\nthe willow said\nthat it could wait.\n\nAnd I, who had\nno word to say,\nsat on the stones\n"
+         "and looked away.\n\nThe night was long,\nthe night was wide,\na frog began\non the other side.\n\n"
          "It sang of mud,\nit sang of rain,\nit stopped a while\nand sang again."]
 
 
