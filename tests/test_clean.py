@@ -2,6 +2,7 @@
 import json
 import pickle
 import random
+import re
 import tomllib
 import unicodedata
 
@@ -101,7 +102,7 @@ ATOMS = ["你", "好", "a", "B ", "1", " ", "  ", "\n", "\r", "\t", "\u3000", ",
          "13812345678", "8.8.8.8", "版权所有", "def f():\n    ", "return x\n", "\U000F0000", "\U000F0001", "今天的天气真是很不错。", "12：30"]
 
 
-def test_cleaning_twice_changes_nothing():
+def test_normalising_twice_changes_nothing():
     """2,000 random mixtures of everything that the rules look at, and 1,000 strings of any characters, with every edit on; and
     nothing grows but for tags."""
     rng = random.Random(0)
@@ -200,6 +201,18 @@ def test_the_recipe_for_the_web_names_every_setting():
     assert differs == {"shares_from", "wiki_marks", "too_short", "keywords", "curly_brackets"}
     head = (ROOT / "recipes" / "web.toml").read_text(encoding="utf-8").split("\n\n")[0]
     assert all(name in head for name in differs)
+
+
+@pytest.mark.parametrize("page", ["docs/cleaning.md", "docs/zh/cleaning.md"])
+def test_the_page_lists_every_edit_and_filter_with_its_thresholds(page):
+    """In the order in which they run; a threshold that changes in the code must change on the page."""
+    rows = [line for line in (ROOT / page).read_text(encoding="utf-8").split("\n") if re.match(r"\| `\w+` ", line)]
+    names = [row.split("`")[1] for row in rows]
+    assert names == [*edits.EDITS, *filters.FILTERS]
+    for row, values in zip(rows[len(edits.EDITS):], clean.defaults()["filters"].values()):
+        for key, value in values.items():
+            if isinstance(value, (int, float)) and key not in ("off", "words_en", "least_chars"):
+                assert any(form in row for form in (f"{value:g}", f"{value:.2f}", f"{100 * value:g} %")), (row, key, value)
 
 
 @pytest.mark.parametrize("path", sorted(clean.RECIPES.glob("*.toml")), ids=lambda p: p.stem)
