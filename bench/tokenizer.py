@@ -119,7 +119,8 @@ def speed(cfg):
 
 def patterns(cfg):
     """The same merges algorithm on differently cut text; compression of held-out text."""
-    learn, held_out = compare.split(read(cfg))
+    texts = read(cfg)
+    learn, held_out = compare.split(lambda: texts)
     no_han = r"'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])|[^\r\n\p{L}\p{N}]?\p{L}{1,32}|\p{N}{1,2}| ?[^\s\p{L}\p{N}]{1,32}[\r\n]{0,8}|\s{0,31}[\r\n]|\s{1,32}(?!\S)|\s{1,32}"
     ours_2 = ours.pattern_for(10_000)
     named = {"GPT-4's, bounded, digits by 2": no_han, "ours, digits by 2": ours_2, "ours, single digits": ours.pattern_for(512),

@@ -15,13 +15,14 @@ from nanollm.tokenizer import CONTROL, bpe_tokenizer, language, no_surrogates, p
 
 
 def split(texts, max_bytes=16 << 20, share=0.1):
-    """(texts to learn from, texts to measure on): by a hash of the text, so no copy of one is in both; each a sample of
-    at most `max_bytes` and `share * max_bytes`. A tokenizer measured on what it has learned by heart would flatter itself."""
+    """(texts to learn from, texts to measure on) of what texts() yields, which is called twice. By a hash of the text, so
+    no copy of one is in both; samples of at most `max_bytes` and `share * max_bytes`. Measured on what it learned from, a
+    tokenizer would flatter itself."""
     def held_out(text):
         digest = hashlib.blake2b(no_surrogates(text).encode("utf-8"), digest_size=8).digest()
         return int.from_bytes(digest, "big") < share * 2**64
-    return (sample((t for t in texts if not held_out(t)), max_bytes, say=None),
-            sample((t for t in texts if held_out(t)), int(share * max_bytes), say=None))
+    return (sample((t for t in texts() if not held_out(t)), max_bytes, say=None),
+            sample((t for t in texts() if held_out(t)), int(share * max_bytes), say=None))
 
 
 def by_language(texts):
