@@ -14,11 +14,12 @@ import torch
 
 from nanollm import checkpoint, dist, evaluation, peft
 from nanollm.config import UserError, arg, run
-from nanollm.data import PreferenceRows, Sampler
+from nanollm.data import PreferenceRows
 from nanollm.log import Logger
 from nanollm.losses import IGNORE_INDEX, dpo_loss, sequence_logps
 from nanollm.model import parameter_count
 from nanollm.optim import get_lr, make_optimizer
+from nanollm.sampler import Sampler
 
 
 @dataclass

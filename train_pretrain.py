@@ -8,24 +8,34 @@ Each update: gradient_accumulation_steps micro-batches of batch_size rows of max
 The blocks marked "shared" are the same in all four training scripts; a test keeps them so.
 """
 import dataclasses
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from nanollm import checkpoint, dist, evaluation
+from nanollm import checkpoint, curriculum, dist, evaluation
 from nanollm.config import UserError, arg, run
-from nanollm.data import Sampler, TokenFile, permute, tokenizer_of
+from nanollm.data import Joined, TokenFile, tokenizer_of
 from nanollm.log import Logger
 from nanollm.losses import IGNORE_INDEX, cross_entropy
 from nanollm.model import ModelArgs, Transformer, flops_per_token, parameter_count
 from nanollm.optim import get_lr, make_optimizer
+from nanollm.sampler import Curriculum, Mixture, Sampler, permute, read_phases, sources_of
 
 
 @dataclass
 class Config:
     data: str = arg("out/demo/tokens", "directory of token files (prepare_data.py build)")
     rows: str = arg("stream", "stream: cut one long stream; documents: each row begins at a document's start")
+    mix: list = arg([], "NAME:WEIGHT of several sources, directories below --data (or anywhere), by their share of the tokens")
+    phases: str = arg("", "a TOML file of mixtures that take turns during the run (docs/packing.md), instead of --mix")
+    curriculum: str = arg("", "easy rows first: length, unigram, bigram, trigram, unigram_perplexity or model; a minus in front: hard first")
+    competence: str = arg("sqrt", "how the share of rows in reach grows: sqrt or linear")
+    competence_start: float = arg(0.1, "share of the rows in reach at the first update, the easiest; 1 = all")
+    competence_end: float = arg(0.5, "share of the run after which all rows are in reach")
+    curriculum_switch: int = arg(0, "from here on in the order of the model's own perplexity; 0 = never", unit="updates")
     init_from: str = arg("", "go on from these weights (continued pretraining); the shape comes from them")
     out_dir: str = arg("out/pretrain", "where checkpoints and metrics.jsonl go")
     resume: str = arg("", "auto: go on from the newest checkpoint in out_dir if there is one; or a checkpoint's path")
@@ -113,6 +123,22 @@ def make_model(cfg, tokenizer):
         raise UserError(str(e)) from None
 
 
+def sample_order(cfg, train, sampler, max_steps, phases, step):
+    """Which row each sample of the run is: the sampler's own shuffle, or what --mix, --phases or --curriculum ask for."""
+    total = sampler.total or max_steps * sampler.rows_per_step
+    if phases:
+        order = Mixture([len(part) for part in train.parts], phases, total, cfg.seed)
+        print("\n".join(order.report(sampler.rows_per_step, bool(cfg.init_from))), flush=True)
+        return order
+    if not cfg.curriculum:
+        return sampler.order
+    if not (0 < cfg.competence_start <= 1 and 0 < cfg.competence_end <= 1 and cfg.competence in ("sqrt", "linear")):
+        raise UserError("--competence is sqrt or linear, and --competence_start and --competence_end lie in (0, 1]")
+    later = curriculum.load_order(curriculum.switch_path(cfg), train.parts[0]) if 0 < cfg.curriculum_switch < step else None
+    return Curriculum(curriculum.order_of(train.parts[0], cfg.curriculum), cfg.seed, total, cfg.competence_start, cfg.competence_end,
+                      cfg.competence, cfg.curriculum_switch * sampler.rows_per_step, later)
+
+
 def main(cfg):
     # [shared:setup]
     ctx = dist.init(cfg.device)
@@ -120,11 +146,15 @@ def main(cfg):
     autocast = lambda: dist.autocast(ctx.device, dtype)
     torch.manual_seed(cfg.seed + ctx.rank)                   # ranks draw different dropout masks
     # [/shared]
+    phases = read_phases(cfg.mix, cfg.phases)
+    cfg = dataclasses.replace(cfg, phases=json.dumps(phases) if cfg.phases else "")       # a checkpoint keeps what the file says
+    if cfg.curriculum_switch and not cfg.curriculum or cfg.curriculum and phases:
+        raise UserError("--curriculum_switch needs --curriculum, and --curriculum one data set, without --mix and --phases")
     tokenizer = tokenizer_of(cfg.data)
     raw = make_model(cfg, tokenizer).to(ctx.device)
     T = raw.args.max_seq_len
-    train = TokenFile(cfg.data, "train", T, cfg.rows, tokenizer.hash)
-    val = TokenFile(cfg.data, "val", T, cfg.rows, tokenizer.hash)
+    folders = [below if (below := Path(cfg.data, name)).is_dir() else Path(name) for name in sources_of(phases)] or [cfg.data]
+    train, val = (Joined([TokenFile(folder, split, T, cfg.rows, tokenizer.hash) for folder in folders]) for split in ("train", "val"))
 
     # [shared:engine]
     epochs = 0.0 if cfg.max_steps else cfg.epochs
@@ -139,6 +169,7 @@ def main(cfg):
     model = dist.DDP(dist.compiled(raw, cfg.compile), ctx).train()
     log = Logger(cfg.out_dir, ctx.main, step, max_steps, tokens)
     # [/shared]
+    sampler.order = sample_order(cfg, train, sampler, max_steps, phases, step)
     parts = ", ".join(f"{name} {n:,}" for name, n in parameter_count(raw).items())
     print(f"parameters: {parts}\n{flops_per_token(raw, T) / 1e6:.1f} MFLOP a token | {dtype} on {ctx.device}, "
           f"{ctx.world_size} rank(s)\n{len(train):,} rows of {T} | {sampler.rows_per_step * T:,} tokens an update "
@@ -168,6 +199,8 @@ def main(cfg):
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         # [/shared]
+        if step and step == cfg.curriculum_switch:
+            sampler.order.later = curriculum.reorder(raw, train.parts[0], ctx, autocast, cfg, step)
         batches = [train.batch(rows) for rows in sampler.micro_batches(step)]
         count = ctx.sum(sum((targets != IGNORE_INDEX).sum() for _, targets, _ in batches))
         tokens += int(count)

@@ -13,11 +13,12 @@ import torch
 
 from nanollm import checkpoint, dist
 from nanollm.config import UserError, arg, run
-from nanollm.data import PreferenceRows, Sampler
+from nanollm.data import PreferenceRows
 from nanollm.log import Logger
 from nanollm.losses import reward_loss
 from nanollm.model import RewardModel, parameter_count
 from nanollm.optim import get_lr, make_optimizer
+from nanollm.sampler import Sampler
 
 
 @dataclass

@@ -1,7 +1,7 @@
-"""From files to batches: token files, chat rows, preference rows, packing, and the sampler.
+"""From files to batches: token files, chat rows, preference rows, packing.
 
-A dataset is a list-like of rows with .batch(indices) -> tensors; the sampler says which rows make up update number
-`step`. Both are pure functions, so the state of the data is the step number and resuming is a seek.
+A dataset is a list-like of rows with .batch(indices) -> tensors; the sampler (sampler.py) says which rows make up
+update number `step`. Both are pure functions, so the state of the data is the step number and resuming is a seek.
 Loaders yield already shifted (inputs, targets): target t is the token that follows input t.
 """
 import gzip
@@ -19,66 +19,7 @@ from nanollm.losses import IGNORE_INDEX
 from nanollm.tokenizer import render
 
 # ----------------------------------------------------------------------------------------------------------------
-# Which rows, in which order
-
-
-def permute(index, n, key):
-    """The place of each `index` (array of int64 in 0..n-1) in a keyed pseudo-random permutation of n items.
-
-    A Feistel network on just enough bits, walked until it lands below n (Black & Rogaway 2002): a permutation that
-    is computed where it is needed instead of being stored, so a corpus of any size costs no memory to shuffle.
-    """
-    half = max(1, (int(n - 1).bit_length() + 1) // 2)
-    mask = np.uint64((1 << half) - 1)
-    half, x = np.uint64(half), np.asarray(index).astype(np.uint64)
-    todo = np.ones(x.shape, bool)
-    while todo.any():
-        left, right = x[todo] >> half, x[todo] & mask
-        for round in range(4):
-            h = (right + np.uint64((key * 4 + round) % 2**31)) * np.uint64(0x9E3779B97F4A7C15)
-            h = (h ^ (h >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-            left, right = right, left ^ ((h ^ (h >> np.uint64(32))) & mask)
-        x[todo] = (left << half) | right
-        todo = x >= n
-    return x.astype(np.int64)
-
-
-class Sampler:
-    """Update `step` reads the samples step * B … step * B + B - 1 of an endless stream that runs through all rows
-    in a new order each epoch. B = batch_size * gradient_accumulation_steps, whatever the number of ranks: rank r
-    takes every world_size-th micro-batch, so 1, 2 or 4 GPUs make the same updates from the same rows."""
-
-    def __init__(self, n_rows, ctx, batch_size, gradient_accumulation_steps, seed, epochs=0.0):
-        G, W = gradient_accumulation_steps, ctx.world_size
-        if G < 1 or batch_size < 1:
-            raise UserError(f"--batch_size {batch_size} and --gradient_accumulation_steps {G} must be at least 1")
-        if G % W:
-            raise UserError(f"--gradient_accumulation_steps {G} counts the micro-batches of all ranks and must be divisible by "
-                            f"the {W} ranks; {f'the nearest values are {G // W * W} and {(G // W + 1) * W}' if G > W else f'the smallest value is {W}'}")
-        self.n, self.seed, self.batch_size, self.G = n_rows, seed, batch_size, G
-        self.rank, self.world_size = ctx.rank, W
-        self.total = max(1, round(epochs * n_rows)) if epochs else None   # None = endless
-        self.rows_per_step = batch_size * G
-
-    def steps(self, max_steps):
-        """Number of updates: max_steps, or what --epochs comes to, the last update possibly smaller."""
-        if not self.total and not max_steps:
-            raise UserError("how long shall the run be? give --max_steps or --epochs")
-        return -(-self.total // self.rows_per_step) if self.total else max_steps
-
-    def micro_batches(self, step):
-        """This rank's share of update `step`: a list of index arrays, some possibly empty in the last update."""
-        i = np.arange(step * self.rows_per_step, (step + 1) * self.rows_per_step)
-        micro = []
-        for m in range(self.rank, self.G, self.world_size):
-            part = i[m * self.batch_size : (m + 1) * self.batch_size]
-            part = part[part < self.total] if self.total else part
-            rows = np.empty(len(part), np.int64)
-            for epoch in np.unique(part // self.n):
-                here = part // self.n == epoch
-                rows[here] = permute(part[here] % self.n, self.n, self.seed * 1_000_003 + int(epoch))
-            micro.append(rows)
-        return micro
+# Rows and batches
 
 
 def pack(lengths, size, window=65536):
@@ -144,41 +85,87 @@ def tokenizer_of(directory):
     return tokenizers.load(directory / "tokenizer")
 
 
-class TokenFile:
-    """DIR/{split}.bin, .idx, .json as rows of max_seq_len tokens.
+class Shards:
+    """Token arrays laid end to end: tokens[begin:end] is a copy as int64 and may run over their borders."""
 
-    rows="stream": the file as one long stream cut every max_seq_len tokens; every token is a target once.
+    def __init__(self, arrays):
+        self.arrays, self.first = arrays, np.cumsum([0, *map(len, arrays)])
+
+    def __len__(self):
+        return int(self.first[-1])
+
+    def __getitem__(self, where):
+        begin, end, _ = where.indices(len(self))
+        k, parts = int(np.searchsorted(self.first, begin, side="right")) - 1, []
+        while begin < end:
+            stop = min(end, int(self.first[k + 1]))
+            parts.append(self.arrays[k][begin - int(self.first[k]) : stop - int(self.first[k])])
+            begin, k = stop, k + 1
+        return np.concatenate(parts, dtype=np.int64) if parts else np.empty(0, np.int64)
+
+
+def open_tokens(directory, split):
+    """(the JSON as a dict, Shards, document ends as int64 offsets into them) of DIR/{split}.json and its shards, mapped into
+    memory; also of version 1, whose only shard is {split}.bin. Raises UserError for whatever does not fit together."""
+    directory, rebuild = Path(directory), "copy it again, or build it again with prepare_data.py"
+    sidecar = directory / f"{split}.json"
+    try:
+        meta = json.loads(sidecar.read_text(encoding="utf-8"))
+        dtype = {"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]]            # an unknown name must not become a guess
+        size, vocab_size, *_ = np.dtype(dtype).itemsize, meta["vocab_size"], meta["eos_id"], meta["tokenizer_hash"]
+        shards = meta["shards"] if meta["version"] == 2 else [{"file": f"{split}.bin", **meta}] if meta["version"] == 1 else None
+        if shards is None:
+            raise UserError(f"{sidecar} has version {meta['version']}; this program reads 1 and 2, a newer one wrote it")
+        shards = [(directory / s["file"], s["n_tokens"], s["n_docs"]) for s in shards]
+        found = [(path.stat().st_size, np.fromfile(path.with_suffix(".idx"), "<u8").astype(np.int64)) for path, _, _ in shards]
+    except FileNotFoundError as e:
+        bare = (directory / f"{split}.bin").is_file() and not sidecar.exists()
+        raise UserError(f"--data {directory} has no {split} token file ({Path(e.filename).name} is missing); make it with `python prepare_data.py "
+                        f"build --input YOUR_TEXT --out {directory}`, or `bash runs/speedrun.sh` for the demo" + bare *
+                        f". {split}.bin alone does not say what its bytes are: nanollm.corpus.pack.describe writes its {split}.json") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{sidecar} does not describe a token file; make it again with prepare_data.py") from None
+    arrays, ends, first = [], [], 0
+    for (path, n_tokens, n_docs), (n_bytes, local) in zip(shards, found):
+        if n_bytes != n_tokens * size:
+            raise UserError(f"{path} has {n_bytes:,} bytes where {sidecar.name} promises {n_tokens * size:,}: a truncated copy; {rebuild}")
+        if len(local) != n_docs or local[-1:].sum() != n_tokens:
+            raise UserError(f"{path.with_suffix('.idx')} does not belong to {path.name}; {rebuild}")
+        tokens = np.memmap(path, dtype=dtype, mode="r") if n_tokens else np.empty(0, dtype)       # nothing cannot be mapped
+        for at in np.linspace(0, n_tokens, 8, endpoint=False, dtype=np.int64):                    # spot checks, not a pass over it
+            if tokens[at : at + 1024].max(initial=0) >= vocab_size:
+                raise UserError(f"{path} holds ids beyond the vocabulary of {vocab_size:,} near token {at:,}: written with another "
+                                f"tokenizer or dtype than {sidecar.name} says; {rebuild}")
+        arrays.append(tokens)
+        ends.append(local + first)
+        first += n_tokens
+    if (first, sum(map(len, ends))) != (meta["n_tokens"], meta["n_docs"]):
+        raise UserError(f"{sidecar}: its shards do not add up to {meta['n_tokens']:,} tokens; {rebuild}")
+    return meta, Shards(arrays), np.concatenate([np.empty(0, np.int64), *ends])
+
+
+class TokenFile:
+    """A split of a directory of token files as rows of max_seq_len tokens.
+
+    rows="stream": the split as one long stream cut every max_seq_len tokens, over the borders of shards, so that their size
+    changes nothing; every token is a target once, but for the first and a tail shorter than a row.
     rows="documents": each row begins at a document's start; whole documents are packed into rows and kept apart by
     segments, longer ones are cut. The row's first input is the <|endoftext|> that ends the document before.
     """
 
     def __init__(self, directory, split, max_seq_len, rows="stream", tokenizer_hash=None):
-        directory, self.T, self.rows = Path(directory), max_seq_len, rows
-        path = directory / f"{split}.bin"
+        self.directory, self.split, self.T, self.rows = Path(directory), split, max_seq_len, rows
         if rows not in ("stream", "documents"):
             raise UserError(f"--rows {rows} is unknown; use stream or documents")
-        try:
-            self.meta = json.loads((directory / f"{split}.json").read_text(encoding="utf-8"))
-            dtype = {"uint16": "<u2", "uint32": "<u4"}[self.meta["dtype"]]
-            size, want = path.stat().st_size, self.meta["n_tokens"] * np.dtype(dtype).itemsize
-            self.eos_id, made_by = self.meta["eos_id"], self.meta["tokenizer_hash"]
-            self.ends = np.fromfile(directory / f"{split}.idx", dtype="<u8").astype(np.int64)
-        except FileNotFoundError:
-            raise UserError(f"--data {directory} has no {split} token file; make it with `python prepare_data.py build "
-                            f"--input YOUR_TEXT --out {directory}`, or `bash runs/speedrun.sh` for the demo") from None
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{directory / (split + '.json')} does not describe a token file; make it again with prepare_data.py") from None
-        if size != want:
-            raise UserError(f"{path} has {size:,} bytes where {split}.json promises {want:,}: a truncated copy; copy or build it again")
-        if len(self.ends) != self.meta["n_docs"] or self.ends[-1:].sum() != self.meta["n_tokens"]:
-            raise UserError(f"{directory / (split + '.idx')} does not belong to {split}.bin; copy or build both again")
+        self.meta, self.tokens, self.ends = open_tokens(directory, split)
+        self.eos_id, made_by = self.meta["eos_id"], self.meta["tokenizer_hash"]
         if tokenizer_hash and tokenizer_hash != made_by:
             raise UserError(f"{directory} was tokenized with another tokenizer (hash {made_by[:8]}) than the "
                             f"model's ({tokenizer_hash[:8]}); tokenize the text again with the model's tokenizer")
-        self.tokens = np.memmap(path, dtype=dtype, mode="r") if want else np.empty(0, dtype)
+        name = f"the {split} split in {directory}"
         if rows == "stream":
             if len(self.tokens) < max_seq_len + 1:
-                raise UserError(f"{path} has {len(self.tokens):,} tokens, less than one row of --max_seq_len {max_seq_len} (and its "
+                raise UserError(f"{name} has {len(self.tokens):,} tokens, less than one row of --max_seq_len {max_seq_len} (and its "
                                 f"shift); use more text, a shorter --max_seq_len, or --rows documents")
             return
         starts = np.concatenate(([0], self.ends))[:-1]
@@ -188,7 +175,7 @@ class TokenFile:
         self.end = np.minimum(self.begin + max_seq_len, np.repeat(self.ends, pieces))
         self.bins = pack(self.end - self.begin, max_seq_len)
         if not self.bins:
-            raise UserError(f"{path} holds no document; use more text or a larger --val_fraction in prepare_data.py")
+            raise UserError(f"{name} holds no document; use more text or a larger --val_fraction in prepare_data.py")
 
     def openings(self, tokenizer, n=3, length=8):
         """The first few tokens of the first documents as text: prompts for the log when none are given."""
@@ -201,16 +188,48 @@ class TokenFile:
 
     def piece(self, i):
         begin, end = int(self.begin[i]), int(self.end[i])
-        targets = self.tokens[begin:end].astype(np.int64)
-        before = self.tokens[begin - 1] if begin else self.eos_id
-        return np.concatenate(([before], targets[:-1])).astype(np.int64), targets
+        targets = self.tokens[begin:end]
+        before = self.tokens[begin - 1 : begin] if begin else [self.eos_id]
+        return np.concatenate((before, targets[:-1])), targets
+
+    def spans(self):
+        """The targets of all rows as stretches of the file, in its order: arrays (begin, end, row); a row may have several."""
+        if self.rows == "stream":
+            row = np.arange(len(self))
+            return row * self.T + 1, (row + 1) * self.T + 1, row
+        row = np.empty(len(self.begin), np.int64)
+        for r, items in enumerate(self.bins):
+            row[items] = r
+        return self.begin, self.end, row
+
+    def examples(self, r):
+        """[(inputs, targets), …] of row r."""
+        if self.rows == "documents":
+            return [self.piece(i) for i in self.bins[r]]
+        window = self.tokens[r * self.T : r * self.T + self.T + 1]
+        return [(window[:-1], window[1:])]
 
     def batch(self, rows):
-        """inputs, targets (B, T) and segments (B, T) or None for the given row numbers."""
-        if self.rows == "stream":
-            windows = [self.tokens[i * self.T : i * self.T + self.T + 1].astype(np.int64) for i in rows]
-            return collate([[(w[:-1], w[1:])] for w in windows], self.eos_id)
-        return collate([[self.piece(i) for i in self.bins[r]] for r in rows], self.eos_id, self.T if len(rows) else 0)
+        """inputs, targets (B, T) and segments (B, T) or None for the given row numbers. A row of documents is padded to T,
+        so that all batches have one shape: a new shape would have torch.compile begin anew."""
+        return collate([self.examples(r) for r in rows], self.eos_id, self.T if len(rows) else 0)
+
+
+class Joined:
+    """Several token files as one list of rows: row numbers run through the first, then the second, …"""
+
+    def __init__(self, parts):
+        self.parts, self.first = parts, np.cumsum([0, *map(len, parts)])
+        self.meta = {key: sum(part.meta[key] for part in parts) for key in ("n_tokens", "n_docs", "n_bytes")}
+        self.openings = parts[0].openings
+
+    def __len__(self):
+        return int(self.first[-1])
+
+    def batch(self, rows):
+        part = np.searchsorted(self.first, rows, side="right") - 1
+        examples = [self.parts[p].examples(r - self.first[p]) for p, r in zip(part, rows)]
+        return collate(examples, self.parts[0].eos_id, self.parts[0].T if examples else 0)
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Every row and every token once, in an order that a step number determines; every format to one form; nothing lost in silence."""
+"""Every token a target once; every format to one form; nothing lost in silence."""
 import json
 
 import numpy as np
@@ -9,97 +9,10 @@ from conftest import chats, pairs, stories, tiny_lm, tiny_tokenizer, write_jsonl
 from nanollm import data
 from nanollm.config import UserError
 from nanollm.corpus.pack import write_tokens
-from nanollm.data import (ChatRows, PreferenceRows, Sampler, TokenFile, collate, fit_chat, fit_pair, pack, permute, read_rows,
+from nanollm.data import (ChatRows, PreferenceRows, TokenFile, collate, fit_chat, fit_pair, pack, read_rows,
                           to_messages, to_preference, tokenizer_of)
-from nanollm.dist import Context
 from nanollm.losses import IGNORE_INDEX, cross_entropy
 from nanollm.tokenizer import bpe_tokenizer, render
-
-
-def ctx(rank=0, world_size=1):
-    return Context(rank, rank, world_size, torch.device("cpu"), rank == 0)
-
-
-# ---- which rows, in which order ------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("n", [*range(1, 40), 63, 64, 65, 255, 256, 257, 1000, 65537])
-def test_permute_is_a_bijection(n):
-    for key in (0, 1, 7_000_021):
-        assert np.array_equal(np.sort(permute(np.arange(n), n, key)), np.arange(n))
-
-
-def test_permute_depends_on_the_key_and_not_on_the_question():
-    """Another key is another order; asking for one place gives what asking for all gives; nothing stays in line."""
-    a, b = permute(np.arange(1000), 1000, 1), permute(np.arange(1000), 1000, 2)
-    assert (a == b).mean() < 0.02 and (a == np.arange(1000)).mean() < 0.02
-    assert abs(np.corrcoef(a, np.arange(1000))[0, 1]) < 0.1
-    assert [permute(np.array([i]), 1000, 1)[0] for i in (0, 500, 999)] == a[[0, 500, 999]].tolist()
-
-
-def test_permute_of_a_billion_rows_needs_no_memory():
-    places = permute(np.arange(1000), 3_000_000_000, 5)
-    assert len(set(places.tolist())) == 1000 and places.max() < 3_000_000_000 and places.max() > 2_000_000_000
-
-
-def update(sampler, step):
-    """[the rows of each micro-batch] of an update on this rank."""
-    return [rows.tolist() for rows in sampler.micro_batches(step)]
-
-
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_share_the_very_micro_batches_of_one_process(world_size):
-    """Disjoint over ranks, and together exactly what one process reads, update by update, over three epochs."""
-    one = Sampler(29, ctx(), 3, 4, seed=5)
-    many = [Sampler(29, ctx(r, world_size), 3, 4, seed=5) for r in range(world_size)]
-    for step in range(8):
-        parts = [update(s, step) for s in many]
-        assert {len(p) for p in parts} == {4 // world_size}                  # equal numbers of micro-batches: nobody waits in vain
-        assert sorted(sum(parts, [])) == sorted(update(one, step))
-
-
-def test_an_epoch_reads_each_row_once_and_the_next_in_another_order():
-    sampler = Sampler(20, ctx(), 5, 2, seed=0)
-    first, second = (sum(update(sampler, 2 * e) + update(sampler, 2 * e + 1), []) for e in range(2))
-    assert sorted(first) == sorted(second) == list(range(20)) and first != second
-    assert first != sum(update(Sampler(20, ctx(), 5, 2, seed=1), 0) + update(Sampler(20, ctx(), 5, 2, seed=1), 1), [])
-
-
-def test_an_update_across_two_epochs_takes_the_rest_and_goes_on():
-    sampler = Sampler(7, ctx(), 5, 1, seed=3)
-    stream = sum((update(sampler, i)[0] for i in range(7)), [])
-    assert all(sorted(stream[7 * e : 7 * e + 7]) == list(range(7)) for e in range(5))
-
-
-def test_resuming_is_a_seek():
-    """A new sampler asked for step 1,000,000 gives what one that ran there gives: there is no state."""
-    ran = Sampler(31, ctx(), 2, 2, seed=4)
-    for step in range(50):
-        want = update(ran, step)
-        assert update(Sampler(31, ctx(), 2, 2, seed=4), step) == want
-    update(Sampler(31, ctx(), 2, 2, seed=4), 1_000_000)
-
-
-def test_epochs_end_with_a_smaller_update():
-    """Two epochs of 11 rows, 8 an update: 8, 8, 6, and each row twice; ranks then have unequal, even empty micro-batches."""
-    sampler = Sampler(11, ctx(), 2, 4, seed=0, epochs=2.0)
-    assert sampler.steps(999) == 3
-    read = [sum(update(sampler, i), []) for i in range(3)]
-    assert [len(r) for r in read] == [8, 8, 6] and sorted(sum(read, [])) == sorted([*range(11)] * 2)
-    assert [len(r) for r in update(Sampler(11, ctx(1, 2), 2, 4, seed=0, epochs=2.0), 2)] == [2, 0]
-
-
-def test_a_fraction_of_an_epoch_is_at_least_one_row():
-    """Not zero rows, which would mean endless."""
-    sampler = Sampler(10, ctx(), 2, 1, seed=0, epochs=0.01)
-    assert sampler.steps(999) == 1 and len(sum(update(sampler, 0), [])) == 1
-
-
-@pytest.mark.parametrize("batch, G, ranks, says", [
-    (2, 3, 2, "divisible by the 2 ranks; the nearest values are 2 and 4"), (2, 1, 4, "smallest value is 4"),
-    (0, 1, 1, "at least 1"), (1, 0, 1, "at least 1")])
-def test_an_impossible_batch_is_refused_with_the_nearest_possible(batch, G, ranks, says):
-    with pytest.raises(UserError, match=says):
-        Sampler(10, ctx(0, ranks), batch, G, 0)
 
 
 # ---- packing -------------------------------------------------------------------------------------------------------
@@ -180,7 +93,7 @@ def tokens(tmp_path_factory):
 def test_every_token_of_a_stream_is_a_target_once(tokens):
     """All but the first (nothing precedes it) and the tail that fills no row; and an input's target is its successor."""
     train, T = TokenFile(tokens, "train", 48), 48
-    flat = np.fromfile(tokens / "train.bin", "<u2").astype(int)
+    flat = np.fromfile(tokens / "train-00000.bin", "<u2").astype(int)
     x, y, segments = train.batch(range(len(train)))
     assert segments is None and x.shape == (len(train), T) and len(flat) - 1 - len(train) * T < T
     assert y.flatten().tolist() == flat[1 : len(train) * T + 1].tolist()
@@ -191,7 +104,7 @@ def test_document_rows_cover_every_token_once(tokens, tok):
     """Each token is a target exactly once, EOS included; each document's piece begins behind the EOS of the one before,
     and only the pieces of a too long document begin with the token before them."""
     train = TokenFile(tokens, "train", 48, rows="documents")
-    flat = np.fromfile(tokens / "train.bin", "<u2").astype(int)
+    flat = np.fromfile(tokens / "train-00000.bin", "<u2").astype(int)
     got = []
     for i in range(len(train.begin)):
         inputs, targets = train.piece(i)
@@ -224,17 +137,6 @@ def test_an_empty_share_of_an_update_is_a_batch_without_targets(tokens, rows):
     assert len(x) == 1 and (y == IGNORE_INDEX).all()
 
 
-def test_large_ids_survive_in_uint32(tmp_path, tok):
-    """A vocabulary beyond 65,536 is stored in 4 bytes and read back unharmed."""
-    class Big:
-        vocab_size, eos_id, hash = 70_000, 69_999, "x"
-        def encode_batch(self, texts):
-            return [[65_536, 3, 69_000] for _ in texts]
-    write_tokens(tmp_path, "train", ["a", "b"], Big())
-    x, y, _ = TokenFile(tmp_path, "train", 8, "documents").batch([0])
-    assert y[0].tolist() == [65_536, 3, 69_000, 69_999] * 2 and x[0, 0] == 69_999
-
-
 def test_openings_are_the_first_words_of_documents(tokens, tok):
     train = TokenFile(tokens, "train", 48)
     assert [stories(1)[0].startswith(o) and o for o in train.openings(tok, n=1)][0]
@@ -246,10 +148,10 @@ def edit(directory, **changes):
 
 
 @pytest.mark.parametrize("harm, says", [
-    (lambda d: (d / "train.bin").write_bytes((d / "train.bin").read_bytes()[:-3]), "truncated"),
-    (lambda d: (d / "train.bin").unlink(), "no train token file"),
-    (lambda d: (d / "train.idx").unlink(), "no train token file"),
-    (lambda d: (d / "train.idx").write_bytes((d / "train.idx").read_bytes()[:-8]), "train.idx does not belong"),
+    (lambda d: (d / "train-00000.bin").write_bytes((d / "train-00000.bin").read_bytes()[:-3]), "truncated"),
+    (lambda d: (d / "train-00000.bin").unlink(), "no train token file"),
+    (lambda d: (d / "train-00000.idx").unlink(), "no train token file"),
+    (lambda d: (d / "train-00000.idx").write_bytes((d / "train-00000.idx").read_bytes()[:-8]), "train-00000.idx does not belong"),
     (lambda d: (d / "train.json").unlink(), "no train token file"),
     (lambda d: (d / "train.json").write_text("{", encoding="utf-8"), "does not describe a token file"),
     (lambda d: (d / "train.json").write_text("[]", encoding="utf-8"), "does not describe a token file"),
@@ -257,7 +159,7 @@ def edit(directory, **changes):
     (lambda d: edit(d, dtype="uint32"), "truncated"),
 ])
 def test_a_damaged_token_file_is_one_sentence(tokens, tmp_path, harm, says):
-    for f in tokens.glob("train.*"):
+    for f in tokens.glob("train*.*"):
         (tmp_path / f.name).write_bytes(f.read_bytes())
     harm(tmp_path)
     with pytest.raises(UserError, match=says):

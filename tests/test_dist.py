@@ -17,9 +17,10 @@ from conftest import chats, pairs, run_ranks, stories, tiny_lm, tiny_tokenizer
 from nanollm import dist
 from nanollm.config import UserError
 from nanollm.corpus.pack import write_tokens
-from nanollm.data import ChatRows, PreferenceRows, Sampler, TokenFile
+from nanollm.data import ChatRows, PreferenceRows, TokenFile
 from nanollm.losses import IGNORE_INDEX
 from nanollm.model import RewardModel
+from nanollm.sampler import Sampler
 
 STAGES = ("pretrain", "sft", "rm", "dpo")
 WINDOWS = {"pretrain": 3, "sft": 7, "rm": 7, "dpo": 3}       # rows in the last update: 3 leaves a rank without any in a micro-batch

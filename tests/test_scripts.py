@@ -423,8 +423,8 @@ REFUSALS = {
     "a text file given to pretraining": ("pretrain", lambda t, w: {"data": text(t / "a.txt", b"hello")}, "prepare_data.py"),
     "an SFT file given to pretraining": ("pretrain", lambda t, w: {"data": str(w / "chats.jsonl")}, "train_sft.py"),
     "corpus shorter than one block": ("pretrain", lambda t, w: {"data": short_corpus(t), "rows": "stream"}, "less than one row"),
-    "truncated token file": ("pretrain", lambda t, w: {"data": copy_of(w / "tokens", t / "x", lambda d: truncate(d / "train.bin"))}, "truncated copy"),
-    "missing index": ("pretrain", lambda t, w: {"data": copy_of(w / "tokens", t / "x", lambda d: (d / "val.idx").unlink())}, "no val token file"),
+    "truncated token file": ("pretrain", lambda t, w: {"data": copy_of(w / "tokens", t / "x", lambda d: truncate(d / "train-00000.bin"))}, "truncated copy"),
+    "missing index": ("pretrain", lambda t, w: {"data": copy_of(w / "tokens", t / "x", lambda d: (d / "val-00000.idx").unlink())}, "no val token file"),
     "damaged tokenizer": ("pretrain", lambda t, w: {"data": copy_of(w / "tokens", t / "x", lambda d: truncate(d / "tokenizer" / "tokenizer.json"))},
                           "tokenizer"),
     "wrong tokenizer": ("pretrain", lambda t, w: {"data": other_tokens(t), "init_from": str(w / "base"), **dict.fromkeys(

@@ -12,7 +12,7 @@ from conftest import python
 from nanollm import world
 from nanollm.config import UserError
 from nanollm.corpus.clean import clean
-from nanollm.corpus.dedup import deduplicate
+from nanollm.corpus.dedup import DedupConfig, deduplicate_texts
 from nanollm.data import to_messages, to_preference
 from nanollm.evaluation import read_choices
 
@@ -353,8 +353,9 @@ def test_no_pair_of_documents_is_similar_by_accident(texts, planted):
 
 def test_deduplication_removes_exactly_the_planted_copies(texts, planted):
     """The project's own deduplication at the threshold of the demo, after cleaning."""
-    kept = [{"id": i, "text": t} for i, t in enumerate(texts) if world.parse(t) or i in planted]
-    assert [d["id"] for d, gone in deduplicate(kept, threshold=0.85, n=5) if gone] == planted
+    kept = [i for i, t in enumerate(texts) if world.parse(t) or i in planted]
+    decisions = deduplicate_texts([texts[i] for i in kept], DedupConfig(threshold=0.85, bands=32, rows=8))
+    assert [i for i, gone in zip(kept, decisions) if gone] == planted
 
 
 def test_junk_is_dropped_for_exactly_the_reason_it_was_planted_for():
