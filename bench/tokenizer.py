@@ -1,164 +1,85 @@
-"""The tokenizer against the libraries it is measured by, in one process, taking turns.
+"""Tokenizers on given text: what the pre-tokenizer decides, and foreign files against the libraries they belong to.
 
-    python bench/tokenizer.py --part speed --input docs.jsonl         our BPE trainer, Hugging Face's, a tutorial's; encoding
-    python bench/tokenizer.py --part patterns --input docs.jsonl      pre-tokenizers: compression by language
-    python bench/tokenizer.py --part foreign --input docs.jsonl --tokenizer a.model b.tiktoken tokenizer.json
+    python bench/tokenizer.py --what patterns --text FILES                                  the same BPE on differently cut text
+    python bench/tokenizer.py --what foreign --text FILES --tokenizer a.model b.tiktoken    ids as its own library gives them?
 
-`--input`: .txt, or .jsonl with {"text"}. Times are of this process's CPU, so that other jobs disturb little; what counts
-are the ratios.
+(How fast they are trained and encode: bench/data.py --what bpe, --what encode.)
 """
-import json
 import os
-import platform
-import statistics
 import sys
-import time
-import tracemalloc
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ["RAYON_NUM_THREADS"], os.environ["TOKENIZERS_PARALLELISM"] = "1", "false"     # before tokenizers is imported
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
-import sentencepiece
-import tiktoken
-import tiktoken.load
-import tokenizers as hf
-from peers import minbpe_like
-
-from nanollm import foreign_tokenizers, tokenizer as ours
+from nanollm import foreign_tokenizers, tokenizer as tokenizers
 from nanollm.config import UserError, arg, run
-from nanollm.corpus import bpe, compare
+from nanollm.corpus import bpe, compare, io
 
 
 @dataclass
 class Config:
-    part: str = arg("speed", "speed | patterns | foreign")
-    input: list = arg([], "text: .txt (blank lines between documents) or .jsonl with {\"text\"}")
-    tokenizer: list = arg([], "for --part foreign: .model, .tiktoken or tokenizer.json files")
-    megabytes: float = arg(9.0, "how much of the input is taken, evenly", unit="MB")
-    vocab_size: int = arg(8192, "ids to learn", unit="tokens")
-    rounds: int = arg(3, "turns of each trainer; the median counts")
+    what: str = arg("patterns", "patterns | foreign")
+    text: list = arg([], "raw files or directories")
+    tokenizer: list = arg([], "for foreign: .model, .tiktoken or tokenizer.json files")
+    vocab_size: int = arg(8192, "for patterns: ids to learn", unit="tokens", least=512)
 
 
-def read(cfg):
-    """About cfg.megabytes of the documents in cfg.input."""
-    documents = []
-    for path in map(Path, cfg.input):
-        text = path.read_text(encoding="utf-8")
-        documents += [json.loads(line)["text"] for line in text.splitlines()] if path.suffix == ".jsonl" else text.split("\n\n")
-    if not documents:
-        raise UserError("--input: name a .txt or .jsonl file with text")
-    step = max(1.0, size(documents) / (cfg.megabytes * 1e6))
-    return [documents[int(i)] for i in np.arange(0, len(documents), step)]
-
-
-def size(texts):
-    return sum(len(text.encode("utf-8")) for text in texts)
-
-
-def cpu_seconds(function, *args):
-    start = time.process_time()
-    result = function(*args)
-    return time.process_time() - start, result
-
-
-def train_hf(texts, pattern, vocab_size):
-    theirs = hf.Tokenizer(hf.models.BPE())
-    theirs.pre_tokenizer = hf.pre_tokenizers.Sequence([
-        hf.pre_tokenizers.Split(hf.Regex(pattern), "isolated"), hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    theirs.train_from_iterator(texts, hf.trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(), min_frequency=2, show_progress=False))
-    return theirs
-
-
-def speed(cfg):
-    texts, pattern = read(cfg), ours.pattern_for(cfg.vocab_size)
-    n_merges = cfg.vocab_size - 256
-    times = {"pieces": [], "merges": [], "theirs": []}
-    for _ in range(cfg.rounds):
-        seconds, counts = cpu_seconds(bpe.count_pieces, texts, pattern)
-        times["pieces"].append(seconds)
-        seconds, merges = cpu_seconds(bpe.learn_merges, counts, n_merges)
-        times["merges"].append(seconds)
-        seconds, theirs = cpu_seconds(train_hf, texts, pattern, cfg.vocab_size)
-        times["theirs"].append(seconds)
-    pieces, learn, other = (statistics.median(times[k]) for k in ("pieces", "merges", "theirs"))
-    tok = ours.bpe_tokenizer(merges, pattern)
-    name = ["".join(foreign_tokenizers.BYTE_CHAR[b] for b in piece) for piece in tok.pieces]
-    same = [[name[a], name[b]] for a, b in merges] == [list(m) for m in json.loads(theirs.to_str())["model"]["merges"]]
-    print(f"text {size(texts) / 1e6:.1f} MB: {sum(counts.values()):,} pieces, {len(counts):,} distinct, "
-          f"{sum(len(p.encode('utf-8')) for p in counts) / 1e6:.1f} MB of them; {len(merges):,} merges")
-    print(f"ours: {pieces:.2f} s to count pieces + {learn:.2f} s to learn; Hugging Face {other:.2f} s; the same merges: {same}")
-    print(f"  speed over Hugging Face's: {other / (pieces + learn):.2f}  (to reach: 0.6)")
-
-    tracemalloc.start()
-    bpe.learn_merges(counts, 50)                          # the peak is at the beginning, when all pairs are sorted
-    print(f"  memory of learn_merges: {tracemalloc.get_traced_memory()[1] / 1e6:.0f} MB")
-    tracemalloc.stop()
-
-    find = bpe.regex.compile(pattern).findall
-    words = [word for text in texts for word in find(text)]
-    encoded = {word: tok.encode(word) for word in counts}
-    begin, _ = cpu_seconds(minbpe_like.train, [list(word.encode("utf-8")) for word in words], 2)
-    end, _ = cpu_seconds(minbpe_like.train, [encoded.get(word, [0]) for word in words], 2, 256 + len(merges))
-    print(f"a tutorial's trainer: {begin / 2:.2f} s a merge at the beginning, {end / 2:.2f} s at the end; so between "
-          f"{end / 2 * n_merges / 3600:.1f} and {begin / 2 * n_merges / 3600:.1f} hours in all (extrapolated)")
-    print(f"  speed over the tutorial's: at least {end / 2 * n_merges / (pieces + learn):,.0f}  (to reach: 50)")
-
-    ranks = {piece: i for i, piece in enumerate(tok.pieces[:256 + len(merges)])}
-    plain = tiktoken.Encoding("bench", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    ratios = []
-    for _ in range(2 * cfg.rounds):
-        mine, _ = cpu_seconds(lambda: [tok.encode(text) for text in texts])
-        raw, _ = cpu_seconds(lambda: [plain.encode_ordinary(text) for text in texts])
-        ratios.append(raw / mine)
-    print(f"encoding: {size(texts) / 1e6 / mine:.1f} MB/s on one thread, {statistics.median(ratios):.0%} of bare tiktoken's  (to reach: 95 %)")
+def texts_of(cfg):
+    """Yields the documents of --text."""
+    if not cfg.text:
+        raise UserError("--text: name files or directories with text")
+    for task in io.plan(io.find_files(cfg.text, exclude=os.devnull)[0]):
+        for row in io.documents(task, lambda *bad: None):
+            yield row["text"]
 
 
 def patterns(cfg):
-    """The same merges algorithm on differently cut text; compression of held-out text."""
-    texts = read(cfg)
-    learn, held_out = compare.split(lambda: texts)
-    no_han = r"'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])|[^\r\n\p{L}\p{N}]?\p{L}{1,32}|\p{N}{1,2}| ?[^\s\p{L}\p{N}]{1,32}[\r\n]{0,8}|\s{0,31}[\r\n]|\s{1,32}(?!\S)|\s{1,32}"
-    ours_2 = ours.pattern_for(10_000)
-    named = {"GPT-4's, bounded, digits by 2": no_han, "ours, digits by 2": ours_2, "ours, single digits": ours.pattern_for(512),
-             "ours, digits by 3": ours_2.replace(r"\p{N}{1,2}", r"\p{N}{1,3}"), "ours, Chinese by character": ours.pattern_for(512, 1),
-             "GPT-2's": foreign_tokenizers.GPT2_PATTERN}
-    rows = compare.compare({name: ours.bpe_tokenizer(bpe.learn_merges(bpe.count_pieces(learn, p), cfg.vocab_size - 260), p)
-                            for name, p in named.items()}, compare.by_language(held_out))
-    print(compare.table(rows))
+    """Compression of held-out text by BPE with the same number of merges; digits and Han runs are the difference."""
+    ours = tokenizers.pattern_for(10_000)                                  # digits by two at most
+    joined = ours.replace(r"(?:(?!\p{Han})\p{L})", r"\p{L}").replace(r"|\p{Han}{1,16}", "")
+    named = {"Han runs of 16, single digits": tokenizers.pattern_for(512), "digits by two": ours,
+             "digits by three": ours.replace(r"\p{N}{1,2}", r"\p{N}{1,3}"), "Chinese by character": tokenizers.pattern_for(512, han_run=1),
+             "no branch for Han (as GPT-4)": joined, "GPT-2's": foreign_tokenizers.GPT2_PATTERN}
+    learn, held_out = compare.split(lambda: texts_of(cfg))
+    tried = {}
+    for name, pattern in named.items():
+        merges = bpe.learn_merges(bpe.count_pieces(learn, pattern), cfg.vocab_size - 256 - len(tokenizers.CONTROL))
+        tried[name] = tokenizers.bpe_tokenizer(merges, pattern)
+    print(compare.table(compare.compare(tried, compare.by_language(held_out))))
+
+
+def library(path, tok):
+    """encode(text) of the library that the file belongs to, nothing of ours in between."""
+    if tok.kind == "sentencepiece":
+        import sentencepiece
+        return sentencepiece.SentencePieceProcessor(model_file=path).encode
+    if tok.kind == "tiktoken":
+        import tiktoken.load
+        return tiktoken.Encoding("bench", pat_str=tok.spec["pattern"], special_tokens={},
+                                 mergeable_ranks=tiktoken.load.load_tiktoken_bpe(path)).encode_ordinary
+    import tokenizers as hugging_face
+    encode = hugging_face.Tokenizer.from_file(path).encode
+    return lambda text: encode(text, add_special_tokens=False).ids
 
 
 def foreign(cfg):
-    """Each tokenizer through our reader and through its own library: ids on the input, and what comes back."""
-    texts = read(cfg)
+    texts = list(texts_of(cfg))
     for path in cfg.tokenizer:
-        tok = ours.load(path)
-        if tok.kind == "sentencepiece":
-            theirs = sentencepiece.SentencePieceProcessor(model_file=path).encode
-        elif tok.kind == "tiktoken":
-            ranks = tiktoken.load.load_tiktoken_bpe(path)
-            theirs = tiktoken.Encoding("t", pat_str=tok.spec["pattern"], mergeable_ranks=ranks, special_tokens={}).encode_ordinary
-        else:
-            library = hf.Tokenizer.from_file(path)
-            theirs = lambda text: library.encode(text, add_special_tokens=False).ids
-        ids = [tok.encode(text) for text in texts]
-        same = sum(list(theirs(text)) == i for text, i in zip(texts, ids))
+        tok = tokenizers.load(path)
+        ids, encode = [tok.encode(text) for text in texts], library(path, tok)
+        same = sum(list(encode(text)) == i for text, i in zip(texts, ids))
         back = sum(tok.decode(i) == text for text, i in zip(texts, ids))
-        brought = [name for name in tok.control if not name.startswith("<|reserved_")]
-        print(f"{Path(path).name}: {tok.kind}, {tok.vocab_size:,} ids, highest from text {max(map(max, filter(None, ids))):,}; "
-              f"same ids as its library {same:,} of {len(texts):,}, comes back unchanged {back:,}; control tokens {' '.join(brought)}")
+        names = " ".join(name for name in tok.control if not name.startswith("<|reserved_"))
+        print(f"{Path(path).name}: {tok.kind}, {tok.vocab_size:,} ids; of {len(texts):,} texts {same:,} with the ids of its "
+              f"library, {back:,} come back unchanged; control tokens {names}")
 
 
 def main(cfg):
-    print(f"Python {platform.python_version()}, numpy {np.__version__}, tokenizers {hf.__version__}, "
-          f"tiktoken {tiktoken.__version__}, sentencepiece {sentencepiece.__version__}")
-    parts = {"speed": speed, "patterns": patterns, "foreign": foreign}
-    if cfg.part not in parts:
-        raise UserError(f"--part {cfg.part} is unknown; use one of {', '.join(parts)}")
-    parts[cfg.part](cfg)
+    whats = {"patterns": patterns, "foreign": foreign}
+    if cfg.what not in whats:
+        raise UserError(f"--what {cfg.what} is unknown; use one of {', '.join(whats)}")
+    whats[cfg.what](cfg)
 
 
 if __name__ == "__main__":
