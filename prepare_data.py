@@ -211,7 +211,8 @@ def compare(cfg):
     """Several tokenizers side by side: bytes and characters a token by language, speed, and what the embedding costs."""
     if not cfg.tokenizer and not cfg.vocab_size:
         raise UserError("--tokenizer or --vocab_size: name the tokenizers to compare, or sizes to train ours at")
-    learn, measure = comparing.split(row["text"] for task in raw_tasks(cfg) for row in io.documents(task, lambda *bad: None))
+    tasks = raw_tasks(cfg)
+    learn, measure = comparing.split(lambda: (row["text"] for task in tasks for row in io.documents(task, lambda *bad: None)))
     tried = comparing.our_sizes(learn, [config.convert("vocab_size", size, 0, "command line") for size in cfg.vocab_size], cfg.han_run)
     tried |= {Path(path).stem if Path(path).stem != "tokenizer" else Path(path).parent.name: tokenizers.load(path) for path in cfg.tokenizer}
     rows = comparing.compare(tried, comparing.by_language(measure), cfg.dim, cfg.layers, cfg.hidden_dim, cfg.tied)

@@ -195,10 +195,11 @@ def test_a_document_that_is_little_more_than_the_question_is_dropped_and_keeps_i
     assert out["drop_reason"] == "contaminated" and out["text"].startswith("东") and out["edits"] == ""
 
 
+@pytest.mark.parametrize("between", [650, 450])
 @pytest.mark.parametrize("hits, reason", [(9, None), (10, "contaminated")])
-def test_a_document_in_more_than_ten_pieces_is_dropped(index, hits, reason):
-    """Nine hits leave ten pieces, ten hits eleven."""
-    text = "东" * 650 + "".join(QUESTION + "东" * 650 for _ in range(hits))
+def test_a_document_in_more_than_ten_pieces_is_dropped(index, hits, reason, between):
+    """Nine hits leave ten pieces, ten hits eleven; those too short to stay (450 characters less two windows) count too."""
+    text = "东" * 650 + (QUESTION + "东" * between) * (hits - 1) + QUESTION + "东" * 650
     assert dc.decontaminate(table_of([text]), dc.Decontaminate(index))["drop_reason"].to_pylist() == [reason]
 
 
@@ -223,6 +224,12 @@ def test_chats_and_preference_rows_are_dropped_and_never_cut(index):
 def test_an_earlier_drop_reason_stands(index):
     table = table_of([QUESTION, QUESTION]).append_column("drop_reason", pa.array(["too_short", None]))
     assert dc.decontaminate(table, dc.Decontaminate(index))["drop_reason"].to_pylist() == ["too_short", "contaminated"]
+
+
+def test_an_empty_table_passes(index):
+    """The last task of a corpus may hold nothing."""
+    table = table_of(["x"]).slice(0, 0)
+    assert len(dc.decontaminate(table, dc.Decontaminate(index))) == 0 and dc.document_counts(table, dc.Decontaminate(index)).sum() == 0
 
 
 def test_clean_documents_pass_unchanged(index):

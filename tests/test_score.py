@@ -133,7 +133,7 @@ def number(tmp_path):
 
 
 def test_a_threshold_keeps_what_reaches_it(number):
-    """0.7 as a float32 is below 0.7: the comparison is made in one precision."""
+    """0.7 as a float32 is below 0.7: numpy compares both in the column's precision."""
     out = score.score(table_of(["0.69", "0.7", "0.71"]), score.Score(number, "threshold", threshold=0.7))
     assert out["drop_reason"].to_pylist() == ["quality", None, None]
 

@@ -136,6 +136,12 @@ def test_merging_adds_documents_and_keeps_the_first(tmp_path):
     assert sorted(whole[["documents", "first"]].tolist()) == [(6, 9), (12, 9)]
 
 
+def test_empty_tables_and_a_corpus_without_repetitions_pass(tmp_path):
+    assert len(sentences.segments_of(table_of(["x"]).slice(0, 0), Sentences())) == 0
+    texts = [body(i) for i in range(3)] + [""]
+    assert deduplicated(tmp_path, texts)["text"].to_pylist() == texts
+
+
 def test_statistics_of_something_else_are_refused(tmp_path):
     with pytest.raises(UserError, match="line or sentence"):
         Sentences(unit="word")

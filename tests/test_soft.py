@@ -82,26 +82,54 @@ def test_the_nearest_of_several_neighbours_counts_whatever_the_order_of_the_pair
 # ---- (ii) commonness -------------------------------------------------------------------------------------------------
 
 def slow_commonness(text, corpus, bits):
-    """The recursion of the docstring with dictionaries instead of tables."""
-    units = [[u for u, _, _ in slow_units(t)] for t in corpus]
+    """The recursion of the docstring with dictionaries instead of tables; one less of everything for a text of the corpus."""
+    units, own = [[u for u, _, _ in slow_units(t)] for t in corpus], [u for u, _, _ in slow_units(text)]
     count = Counter(tuple(u[i:i + n]) for u in units for n in range(1, 5) for i in range(len(u) - n + 1))
-    count[()] = sum(map(len, units))
-    own, logs = [u for u, _, _ in slow_units(text)], []
+    count[()], less, logs = sum(map(len, units)), text in corpus, []
     for at, word in enumerate(own):
         p = 2.0**-bits
         for n in range(min(at, 3) + 1):
             history = tuple(own[at - n:at])
-            p = (max(count[(*history, word)] - 1, 0) + soft.PRIOR * p) / (max(count[history] - 1, 0) + soft.PRIOR)
+            p = min((count[(*history, word)] - less + soft.PRIOR * p) / (count[history] - less + soft.PRIOR), 1)
         logs.append(math.log(p))
     return math.exp(sum(logs) / len(logs)) if logs else 0.0
 
 
 def test_commonness_is_the_geometric_mean_of_the_interpolated_four_gram_model():
-    """Tables of 2^20 counters have no collision here, so the dictionaries say the same; unseen text too."""
+    """Tables of 2^20 counters have no collision here, so the dictionaries say the same; of texts that were not counted too."""
     corpus = texts_of(30)
     counts = soft.count_ngrams(table_of(corpus), Soft(bits=20))
     for text in corpus + ["a quite different text", "山 水 bread 风"]:
-        assert soft.commonness_of([text], counts)[0] == pytest.approx(slow_commonness(text, corpus, 20), rel=1e-4)
+        assert soft.commonness_of([text], counts, [text in corpus])[0] == pytest.approx(slow_commonness(text, corpus, 20), rel=1e-4)
+
+
+def test_a_sample_of_the_documents_is_counted_and_only_its_own_documents_leave_themselves_out():
+    """The counts of a sample are those of its documents alone, and a document outside reads them as they are."""
+    texts = texts_of(200)
+    cfg = Soft(bits=14, sample=0.3, seed=5)
+    chosen = soft.sampled(table_of(texts), cfg)
+    inside = [t for t, yes in zip(texts, chosen) if yes]
+    counts = soft.count_ngrams(table_of(texts), cfg)
+    assert 0.15 < chosen.mean() < 0.45 and np.array_equal(counts, soft.count_ngrams(table_of(inside), Soft(bits=14)))
+    first = int(np.flatnonzero([len(t) > 100 for t in texts] & chosen)[0])
+    member, stranger = (soft.commonness_of([texts[first]], counts, [own])[0] for own in (True, False))
+    assert member < stranger
+
+
+def test_counts_can_be_gathered_in_place():
+    texts, cfg = texts_of(50), Soft(bits=12)
+    counts = soft.count_ngrams(table_of(texts[:9]), cfg)
+    assert soft.count_ngrams(table_of(texts[9:]), cfg, counts) is counts
+    assert np.array_equal(counts, soft.count_ngrams(table_of(texts), cfg))
+
+
+def test_tables_that_are_too_full_are_refused_with_the_sample_that_fits(tmp_path):
+    """1,000 units in 1,024 counters: every n-gram would meet another one and look common."""
+    table = table_of(["山水风云花鸟人家天地" * 10] * 10)
+    np.save(tmp_path / "counts.npy", soft.count_ngrams(table, Soft(bits=10)))
+    soft.load.cache_clear()
+    with pytest.raises(UserError, match=r"1,000 units were counted in tables for 256; count again with a sample of 0.26"):
+        soft.commonness(table, Soft(counts=str(tmp_path / "counts.npy"), bits=10))
 
 
 def test_counts_of_two_halves_add_up():
@@ -113,7 +141,7 @@ def test_counts_of_two_halves_add_up():
 def test_full_tables_still_give_probabilities():
     """16 counters an order, everything collides: p stays in (0, 1]."""
     texts = texts_of(30)
-    values = soft.commonness_of(texts, soft.count_ngrams(table_of(texts), Soft(bits=4)))
+    values = soft.commonness_of(texts, soft.count_ngrams(table_of(texts), Soft(bits=4)), [True] * len(texts))
     assert (values >= 0).all() and (values <= 1).all() and values.max() > 0
 
 

@@ -78,8 +78,10 @@ def segments_of(table, cfg):
     """SEGMENT array of one table, sorted by hash, one row a distinct segment: pass 1. Chats are left out."""
     numbers, texts = columns.numbers(table), plain_texts(table)
     hashes, document, _, _ = segments(texts, cfg)
-    _, once = np.unique(np.stack([hashes, document.astype(np.uint64)]), axis=1, return_index=True)
-    rows = np.zeros(len(once), dtype=SEGMENT)
+    order = np.lexsort((document, hashes))
+    hashes, document = hashes[order], document[order]
+    once = np.append(True, (hashes[1:] != hashes[:-1]) | (document[1:] != document[:-1]))[: len(hashes)]
+    rows = np.zeros(once.sum(), dtype=SEGMENT)
     rows["hash"], rows["documents"], rows["first"] = hashes[once], 1, numbers[document[once]]
     return merge([rows])
 

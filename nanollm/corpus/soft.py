@@ -10,7 +10,9 @@
      what occurs once looks half as common as what occurs a thousand times. The rarest texts are noise: filter before.
 
 Both write the column `weight`; `thin` turns it into how often a document is used. N-grams are counted in tables of
-2^bits buckets, so memory is fixed, and the tables of two halves of a corpus add up to that of the whole.
+2^bits buckets, so memory is fixed, and the tables of two halves of a corpus add up to that of the whole. In a full table
+every n-gram meets another one and looks common; so (ii) counts a sample of the documents once a corpus has more than
+2^bits / 4 units.
 """
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,15 +33,16 @@ class Soft:
     nearest: str = ""                     # (i) .npy, float32: the cosine to the nearest earlier neighbour by docno
     counts: str = ""                      # (ii) .npy: the summed count_ngrams
     buckets: str = ""                     # (ii) .npz of save_buckets
-    bits: int = 22                        # (ii) 2^bits counters an order
-    seed: int = 0                         # of thin
+    bits: int = 24                        # (ii) 2^bits counters of 4 bytes for each of 4 orders: 256 MiB
+    sample: float = 1.0                   # (ii) share of the documents that are counted
+    seed: int = 0                         # of the sample and of thin
 
 
 @lru_cache(maxsize=4)
 def load(path):
     """An .npy or .npz file of statistics. Raises UserError if it cannot be read."""
     try:
-        file = np.load(path)
+        file = np.load(path, mmap_mode="r")             # the tables are large, and the workers share one copy
         return dict(file) if isinstance(file, np.lib.npyio.NpzFile) else file
     except (OSError, ValueError) as e:
         raise UserError(f"soft deduplication: cannot read the statistics {path}: {e}; gather them again") from None
@@ -92,9 +95,16 @@ def weigh_nearest(table, cfg):
 
 # ---- (ii) commonness -------------------------------------------------------------------------------------------------
 
-def count_ngrams(table, cfg):
-    """uint32 (ORDER, 2^bits): how often each n-gram of 1 to ORDER units stands in the table. Add up over all tables."""
-    texts, counts = table["text"].to_pylist(), np.zeros((ORDER, 1 << cfg.bits), dtype=np.uint32)
+def sampled(table, cfg):
+    """bool (D,): the documents whose n-grams are counted."""
+    return ngrams.uniform(cfg.seed, columns.numbers(table), "soft sample") < cfg.sample
+
+
+def count_ngrams(table, cfg, counts=None):
+    """uint32 (ORDER, 2^bits): how often each n-gram of 1 to ORDER units stands in the sampled documents of the table, added
+    to `counts` in place if given. The arrays of several parts of a corpus add up."""
+    counts = np.zeros((ORDER, 1 << cfg.bits), dtype=np.uint32) if counts is None else counts
+    texts = table["text"].filter(pa.array(sampled(table, cfg))).to_pylist()
     for first, end in ngrams.chunks(texts):
         batch = ngrams.units(texts[first:end])
         for order in range(1, ORDER + 1):
@@ -109,27 +119,28 @@ def buckets_of(batch, order, bits):
     return (ngrams.Slices(batch.hashes).hash(starts, ends) >> np.uint64(64 - bits)).astype(np.int64), starts
 
 
-def commonness_of(texts, counts):
+def commonness_of(texts, counts, counted):
     """float32 (D,): the geometric mean of p(unit | up to 3 units before it); 0 for a text without units.
 
         p_0 = 1 / 2^bits        p_n(w | h) = (c(h w) + PRIOR p_{n-1}(w | h')) / (c(h) + PRIOR)
 
-    where h' is h without its first unit, and c is one less than the count in `counts` (from count_ngrams of a corpus to
-    which the texts belong), but not negative.
+    where h' is h without its first unit, and c the number in `counts` (from count_ngrams), less one if the text was
+    `counted` (D,) too.
     """
-    bits, total = counts.shape[1].bit_length() - 1, counts[0].sum(dtype=np.int64)
+    bits, total = counts.shape[1].bit_length() - 1, float(counts[0].sum(dtype=np.int64))
     result = np.zeros(len(texts), dtype=np.float32)
     for first, end in ngrams.chunks(texts):
         batch = ngrams.units(texts[first:end])
-        seen = np.full(len(batch.hashes), total - 1, dtype=np.float64)     # c of the n-gram that ends at each unit; n = 0
+        own = np.repeat(np.asarray(counted[first:end], dtype=np.float64), np.diff(batch.offsets))
+        seen = total - own                                # c of the n-gram that ends at each unit; now n = 0
         p = np.full(len(batch.hashes), 2.0**-bits)
         for order in range(1, ORDER + 1):
             buckets, starts = buckets_of(batch, order, bits)
             last = starts + order - 1
             history = seen[last - 1] if order > 1 else seen
-            counted = np.maximum(counts[order - 1][buckets].astype(np.float64) - 1, 0)
-            p[last] = np.minimum((counted + PRIOR * p[last]) / (history + PRIOR), 1.0)
-            seen[last] = counted
+            others = counts[order - 1][buckets] - own[last]
+            p[last] = np.minimum((others + PRIOR * p[last]) / (history + PRIOR), 1.0)
+            seen[last] = others
         bits_used = np.append(0, np.cumsum(np.rint(-np.log2(p) * FINE).astype(np.int64)))
         sizes = np.diff(batch.offsets)
         mean = (bits_used[batch.offsets[1:]] - bits_used[batch.offsets[:-1]]) / FINE / np.maximum(sizes, 1)
@@ -138,8 +149,14 @@ def commonness_of(texts, counts):
 
 
 def commonness(table, cfg):
-    """Stage function: the column `commonness`. All its values together go into save_buckets."""
-    return columns.with_column(table, "commonness", commonness_of(table["text"].to_pylist(), load(cfg.counts)), pa.float32())
+    """Stage function: the column `commonness`. All its values together go into save_buckets. Raises UserError if the tables
+    are too full to tell n-grams apart."""
+    counts, texts = load(cfg.counts), table["text"].to_pylist()
+    total, room = int(counts[0].sum(dtype=np.int64)), counts.shape[1] // 4
+    if total > room:
+        raise UserError(f"soft deduplication: {total:,} units were counted in tables for {room:,}; count again with a sample "
+                        f"of {cfg.sample * room / total:.2g} of the documents, or with more bits")
+    return columns.with_column(table, "commonness", commonness_of(texts, counts, sampled(table, cfg)), pa.float32())
 
 
 def save_buckets(values, out, buckets=20, ratio=10.0):
