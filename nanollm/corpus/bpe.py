@@ -22,28 +22,29 @@ MAX_PIECE = 256           # bytes; longer pieces are no words (rulers, base64) a
 
 
 def sample(texts, max_bytes, say=print):
-    """Passages of `texts`, in all at most `max_bytes` of UTF-8 and never more in memory.
+    """Passages of `texts`, in all at most `max_bytes` of UTF-8 and never more in memory, in the order of the stream.
 
-    Chosen by a hash of their content: whenever the sample grows too large, the share that is kept is halved. So the
+    Those whose content has the smallest hashes: whenever the sample grows too large, the largest hash goes. So the
     whole stream is represented evenly, whatever its order and length, and twice the same input gives the same sample.
     """
-    kept, size, seen, limit = [], 0, 0, 1 << 64
+    kept, size, seen, limit = [], 0, 0, 1 << 64                        # kept: a heap, the largest hash on top
     for text in texts:
         text = no_surrogates(text)
         for start in range(0, len(text), PASSAGE):
             data = text[start:start + PASSAGE].encode("utf-8")
-            seen += len(data)
             key = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
             if key < limit:
-                kept.append((key, data))
+                heapq.heappush(kept, (-key, seen, data))
                 size += len(data)
+            seen += len(data)
             while size > max_bytes:
-                limit //= 2
-                kept = [(k, d) for k, d in kept if k < limit]
-                size = sum(len(d) for _, d in kept)
+                limit = -kept[0][0]
+                while kept and -kept[0][0] == limit:                   # a passage goes with all its copies
+                    size -= len(heapq.heappop(kept)[2])
+    kept.sort(key=lambda passage: passage[1])
     if say:
         say(f"tokenizer: sample of {size / 1e6:.1f} MB out of {seen / 1e6:.1f} MB in {len(kept):,} passages")
-    return [data.decode("utf-8") for _, data in kept]
+    return [data.decode("utf-8") for _, _, data in kept]
 
 
 def count_pieces(texts, pattern):

@@ -15,8 +15,9 @@ from nanollm.tokenizer import CONTROL, bpe_tokenizer, language, no_surrogates, p
 
 
 def split(texts, max_bytes=16 << 20, share=0.1):
-    """(texts to learn from, texts to measure on) of what texts() yields, which is called twice: by a hash of the text, so no copy of one is in both; each a sample of
-    at most `max_bytes` and `share * max_bytes`. A tokenizer measured on what it has learned by heart would flatter itself."""
+    """(texts to learn from, texts to measure on) of what texts() yields, which is called twice. By a hash of the text, so
+    no copy of one is in both; samples of at most `max_bytes` and `share * max_bytes`. Measured on what it learned from, a
+    tokenizer would flatter itself."""
     def held_out(text):
         digest = hashlib.blake2b(no_surrogates(text).encode("utf-8"), digest_size=8).digest()
         return int.from_bytes(digest, "big") < share * 2**64
@@ -64,7 +65,7 @@ def compare(tokenizers, texts, dim=512, n_layers=8, hidden_dim=1376, tied=False)
     """A row (dict) for each of {name: Tokenizer}, measured on {language: [text]}:
 
     vocab_size       ids, padding to a multiple of 64 included: what the embedding has to hold
-    LANGUAGE         {"bytes_per_token", "chars_per_token"}
+    LANGUAGE         {"bytes_per_token", "chars_per_token"}, of the text that comes back (an unknown token is one U+FFFD)
     encode_mb_s      megabytes of UTF-8 a second, one thread
     partial          share of the text tokens that are not valid UTF-8 by themselves (parts of characters)
     lossless         share of the texts that come back unchanged
@@ -79,10 +80,11 @@ def compare(tokenizers, texts, dim=512, n_layers=8, hidden_dim=1376, tied=False)
             start = time.perf_counter()
             ids = [tok.encode(text) for text in group]
             seconds += time.perf_counter() - start
-            n_bytes, tokens = sum(len(no_surrogates(text).encode("utf-8")) for text in group), sum(map(len, ids))
-            size += n_bytes
-            same += sum(tok.decode(i) == no_surrogates(text) for i, text in zip(ids, group))
-            row[lang] = {"bytes_per_token": n_bytes / max(1, tokens), "chars_per_token": sum(map(len, group)) / max(1, tokens)}
+            back, tokens = [tok.decode(i) for i in ids], max(1, sum(map(len, ids)))
+            same += sum(text == no_surrogates(original) for text, original in zip(back, group))
+            size += sum(len(no_surrogates(text).encode("utf-8")) for text in group)
+            row[lang] = {"bytes_per_token": sum(len(text.encode("utf-8")) for text in back) / tokens,
+                         "chars_per_token": sum(map(len, back)) / tokens}
         pieces = [piece for piece in tok.pieces if piece]
         embedding, total = parameters(tok.vocab_size, dim, n_layers, hidden_dim, tied)
         rows.append(row | {
@@ -127,6 +129,7 @@ def plot(rows, path):
                 axis.plot(x, y, "s", color="tab:orange")
                 axis.annotate(name, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
         axis.set(xscale="log", title=lang, xlabel="ids", ylabel="bytes a token")
+        axis.margins(x=0.2)
         axis.grid(alpha=0.3)
         axis.legend()
     figure.tight_layout()

@@ -15,15 +15,16 @@ LINE = 1000               # characters; SentencePiece leaves out lines of more t
 
 def train_tokenizer(kind, texts, vocab_size, han_run=16, max_bytes=None, say=print):
     """A `Tokenizer` of `kind` learned from an iterable of texts; never more than `max_bytes` of them in memory (default:
-    the trainer's own). At most `vocab_size` ids, reserved ones aside. `han_run` bounds what may become one token of
-    bpe and wordpiece; SentencePiece has a bound of its own, 16 characters. UserError for an unknown kind, no text, no room."""
-    pattern, limit = tokenizers.pattern_for(vocab_size, han_run), {"max_bytes": max_bytes} if max_bytes else {}
+    the trainer's own). At most `vocab_size` ids, reserved ones aside. `han_run` is for bpe: WordPiece takes Chinese by
+    character, as BERT does, and SentencePiece at most 16. UserError for an unknown kind, no text, no room."""
+    limit = {"max_bytes": max_bytes} if max_bytes else {}
     if kind == "bpe":
+        pattern = tokenizers.pattern_for(vocab_size, han_run)
         return tokenizers.bpe_tokenizer(train_bpe(texts, vocab_size, pattern, say=say, **limit), pattern)
     if kind == "char":
         return tokenizers.char_tokenizer(train_char(texts))
     if kind == "wordpiece":
-        return tokenizers.wordpiece_tokenizer(*train_wordpiece(texts, vocab_size, pattern, say=say, **limit))
+        return tokenizers.wordpiece_tokenizer(*train_wordpiece(texts, vocab_size, say=say, **limit))
     if kind in ("sp_bpe", "sp_unigram"):
         model = train_sentencepiece(texts, vocab_size, kind.removeprefix("sp_"), say=say, **limit)
         return tokenizers.sentencepiece_tokenizer(model)

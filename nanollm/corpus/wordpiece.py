@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 
 from nanollm.config import UserError
 from nanollm.corpus.bpe import count_pieces, sample
-from nanollm.tokenizer import CONTINUED, CONTROL, UNKNOWN, merge
+from nanollm.tokenizer import CONTINUED, CONTROL, UNKNOWN, merge, pattern_for
 
 MIN_COUNT = 5             # the score alone prefers two characters that met once and occur nowhere else
 
@@ -57,10 +57,15 @@ def learn_pieces(counts, n_pieces, min_count=MIN_COUNT):
     return list(pieces)
 
 
-def train_wordpiece(texts, vocab_size, pattern, max_bytes=1 << 20, say=print):
+def train_wordpiece(texts, vocab_size, max_bytes=1 << 20, say=print):
     """(pieces, pattern) for `tokenizer.wordpiece_tokenizer`, from a sample of `max_bytes`; `vocab_size` counts the
-    control tokens. A literal # stands alone, so that no word begins with the mark ##. UserError if there is no text."""
-    pattern = "#|" + pattern
+    control tokens. UserError if there is no text, or hardly any room.
+
+    The words are those of BPE's pre-tokenizer, but each Han character is a word, as in BERT, and so is each #: then no
+    word of the text begins with the mark ##."""
+    if vocab_size < 64:
+        raise UserError(f"--vocab_size {vocab_size} is too small for WordPiece; Chinese alone wants thousands of characters")
+    pattern = "#|" + pattern_for(vocab_size, han_run=1)
     counts = count_pieces(sample(texts, max_bytes, say), pattern)
     if not counts:
         raise UserError("the tokenizer needs text to learn from, and there was none; check the input files")
