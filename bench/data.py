@@ -4,9 +4,9 @@
     python bench/data.py --what dedup              the whole deduplication against a datasketch MinHashLSH script
     python bench/data.py --what bpe                BPE training: ours, Hugging Face tokenizers, a straightforward trainer
     python bench/data.py --what encode             encoding: ours against bare tiktoken
-    python bench/data.py --what filters            microseconds a character of every edit and filter
+    python bench/data.py --what filters            nanoseconds a character of every edit and filter
     python bench/data.py --what stages             prepare_data.py, stage by stage, and the projection to 5.63 million documents
-    python bench/data.py --what memory             peak memory at 5, 50 and 1,000 MB of input
+    python bench/data.py --what memory             peak memory at 5, 50 and --mb megabytes of input
 
 Every side of a comparison runs alone in a fresh process with one thread, A B A B …; figures are medians. Peak memory is the
 process's largest resident set less what it held after its imports. The corpus is bench/corpus.py's, made on first use; with
@@ -43,6 +43,7 @@ class Config:
     docs: int = arg(20_000, "documents of the corpus to use", least=100)
     text: list = arg([], "raw files for bpe and encode instead of the made corpus")
     vocab_size: int = arg(8192, "for bpe and encode")
+    mb: int = arg(1000, "for memory: the largest input", unit="MB")
     repeats: int = arg(3, "times each side is run", least=1)
     workers: int = arg(0, "processes for stages; 0 = one a core")
     out: str = arg("out/bench", "where the corpus and the results go")
@@ -345,7 +346,7 @@ def memory(cfg):
     """Peak memory of a process of `build` (two workers) by the size of the input."""
     import shutil
     rows = []
-    for mb in (5, 50, 1000):
+    for mb in sorted({5, 50, cfg.mb}):
         docs = round(mb / 0.0025 / 100) * 100
         path, out = corpus(cfg, docs), Path(cfg.out) / "memory"
         shutil.rmtree(out, ignore_errors=True)
@@ -356,12 +357,37 @@ def memory(cfg):
     return rows
 
 
+def filter_seconds(texts, name):
+    """Seconds of every edit and every filter of a recipe over the texts, each rule timed by itself, and of the whole."""
+    from nanollm.corpus import clean, edits, filters
+    recipe = clean.read_recipe(name)
+    steps, chosen, _, _ = clean.compiled(recipe)
+    start = time.perf_counter()
+    for text in texts:
+        clean.clean_text(text, recipe)
+    seconds = {"whole": time.perf_counter() - start}
+    for rule, step in steps.items():
+        start = time.perf_counter()
+        for text in texts:
+            step(text)
+        seconds[f"edit {rule}"] = time.perf_counter() - start
+    docs = [filters.Doc(text, text) for text in texts]
+    for rule, thresholds in chosen.items():                # in their order: what several need is computed by the first
+        start = time.perf_counter()
+        for doc in docs:
+            filters.FILTERS[rule](doc, **thresholds)
+        seconds[f"filter {rule}"] = time.perf_counter() - start
+    return {"seconds": seconds["whole"], **seconds}
+
+
 def filters(cfg):
-    """Microseconds a character of the default recipe, whole and rule by rule."""
-    from nanollm.corpus import clean
-    texts = texts_of(corpus(cfg, cfg.docs), 3000)
-    rows = clean.cost(texts, cfg.repeats)
-    table(rows, list(rows[0]))
+    """Nanoseconds a character of the default and the web recipe, whole and rule by rule (one pass of each edit)."""
+    texts, rows = sample_text(cfg), []
+    chars = sum(map(len, texts))
+    for name in ("default", "web"):
+        found = side_by_side(cfg, {name: (filter_seconds, (texts, name))})[name]
+        rows += [{"recipe": name, "rule": rule, "ns a character": s / chars * 1e9} for rule, s in found.items() if rule not in ("seconds", "mb")]
+    table(rows, ["recipe", "rule", "ns a character"])
     return rows
 
 

@@ -70,4 +70,5 @@ def render(name, r):
         parts.append("</table>")
     parts.append("<h2>Settings</h2><table>" + "".join(f'<tr><td class="n">{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>'
                                                       for k, v in r["settings"].items()) + "</table>")
-    return f"<!doctype html><html><head><meta charset='utf-8'><title>{html.escape(name)}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    head = f"<meta charset='utf-8'><title>{html.escape(name)}</title><style>{STYLE}</style>"
+    return f"<!doctype html><html><head>{head}</head><body>{''.join(parts)}</body></html>\n"
