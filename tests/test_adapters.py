@@ -418,6 +418,15 @@ def test_trafilatura_is_used_where_it_is_installed(monkeypatch):
     assert foreign.page_text(PAGE) == "发面要温水。" and foreign.page_text("<p></p>") == ""
 
 
+def test_a_library_that_is_half_installed_is_not_passed_over(monkeypatch, tmp_path):
+    """Else a corpus would be read the other way without a word."""
+    (tmp_path / "trafilatura.py").write_text("raise ImportError('lxml.html.clean is missing')", encoding="utf-8")
+    monkeypatch.delitem(sys.modules, "trafilatura", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="lxml.html.clean is missing"):
+        foreign.page_text(PAGE)
+
+
 @pytest.mark.parametrize("harm, numbers, bad", [
     (lambda raw: raw.replace(b"Content-Length: 9\r\n", b"Content-Length: 8\r\n", 1), [3, 4], [(2, "broken_record")]),
     (lambda raw: raw.replace(b"Content-Length: 9\r\n", b"Content-Length: 900000\r\n", 1), [3, 4], [(2, "broken_record")]),

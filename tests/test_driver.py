@@ -207,9 +207,17 @@ def test_a_full_disk_is_one_sentence_and_can_be_resumed(raw, one, tmp_path):
             carry(tmp_path, tasks_of(raw))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert not list((tmp_path / "s").glob("part-*.parquet"))
+    assert not list(tmp_path.rglob("part-*.parquet"))
     carry(tmp_path, tasks_of(raw))
     assert files(tmp_path / "s") == files(one)
+
+
+def test_what_was_there_before_stays_until_the_new_run_is_whole(raw, one, tmp_path):
+    """A run that fails leaves the finished stage as it was, and what it could do itself aside."""
+    carry(tmp_path, tasks_of(raw))
+    with pytest.raises(UserError):
+        carry(tmp_path, tasks_of(raw), least=7, steps=[(broken, None)])
+    assert files(tmp_path / "s") == files(one) and len(parts.Parts(tmp_path / "s"))
 
 
 def die(item):

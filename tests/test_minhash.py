@@ -21,12 +21,6 @@ EN = ("The library closes at nine, but the lamp over the map table stays on. Who
       "too large to hold any butter.")
 
 
-def flat(sets):
-    """Sets of numbers -> (array, offsets), the layout of minhash.py."""
-    rows = [sorted(s) for s in sets]
-    return np.array([x for row in rows for x in row]), np.cumsum([0, *map(len, rows)])
-
-
 def pairs_of_sets(rng, similarity, n, size=200):
     """n pairs of sets of random 64-bit numbers, each with a Jaccard similarity of `similarity`, as (hashes, offsets)."""
     common = round(2 * size * similarity / (1 + similarity))

@@ -2,6 +2,7 @@
 import gzip
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -92,7 +93,8 @@ def test_every_removal_is_as_similar_as_it_says(demo):
 
 
 def test_a_finished_stage_is_skipped_until_something_changes(tmp_path, capsys):
-    """Same input and settings: skipped; --force, another setting or new input: done again, as are its followers."""
+    """Same input and settings: skipped; --force, another setting or new input: done again. Its followers go by the hash of
+    what it wrote: a setting that changes no document costs them nothing."""
     raw, out = corpus(tmp_path / "raw.jsonl"), tmp_path / "out"
     build = ["build", "--input", raw, "--out", out, "--vocab_size", 400]
     assert run(*build) == 0
@@ -102,9 +104,9 @@ def test_a_finished_stage_is_skipped_until_something_changes(tmp_path, capsys):
     assert run(*build, "--force") == 0 and "skipped" not in capsys.readouterr().out
     assert files(out) == before                                       # and twice the same is the same, byte for byte
     assert run(*build, "--val_fraction", 0.3) == 0 and capsys.readouterr().out.count("skipped") == 3
-    assert run(*build, "--min_chars", 16) == 0 and "skipped" not in capsys.readouterr().out
+    assert run(*build, "--val_fraction", 0.3, "--min_chars", 16) == 0 and capsys.readouterr().out.count("skipped") == 3
     corpus(raw, SENTENCES[:200])
-    assert run(*build) == 0
+    assert run(*build) == 0 and "skipped" not in capsys.readouterr().out
     assert json.loads((out / "report.json").read_text(encoding="utf-8"))["tokens"]["train"]["n_docs"] <= 200
 
 
@@ -185,7 +187,7 @@ def test_broken_rows_below_the_limit_are_reported_and_above_it_stop(tmp_path, ca
     assert run("clean", "--input", raw, "--out", tmp_path / "out", "--max_bad", 0.001) == 2
     error = capsys.readouterr().err
     assert "3 of 303" in error and f"{raw.as_posix()}:301" in error and "broken_json" in error
-    assert (tmp_path / "out" / "clean" / "quarantine.jsonl").read_text(encoding="utf-8").count("\n") == 3
+    assert (tmp_path / "out" / "clean.tmp" / "quarantine.jsonl").read_text(encoding="utf-8").count("\n") == 3
     assert not (tmp_path / "out" / "clean" / "report.json").exists()
     assert run("dedup", "--out", tmp_path / "out") == 2 and "prepare_data.py clean" in capsys.readouterr().err
     assert run("clean", "--input", raw, "--out", tmp_path / "out") == 0
@@ -263,7 +265,9 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(tmp_path, capsys):
 
 def test_one_long_file_says_how_to_split_it(tmp_path, capsys):
     """A single document cannot be split into training and validation."""
-    (tmp_path / "book.txt").write_text("\n".join(SENTENCES), encoding="utf-8")
+    rng, words = random.Random(0), "the of and to in is it cat dog house river green old new runs sleeps under over".split()
+    book = [" ".join(rng.choices(words, k=12)).capitalize() + "." for _ in range(300)]
+    (tmp_path / "book.txt").write_text("\n".join(book), encoding="utf-8")
     build = ["build", "--input", tmp_path / "book.txt", "--out", tmp_path / "out", "--vocab_size", 400]
     assert run(*build, "--doc_sep", "file") == 2 and "--doc_sep" in capsys.readouterr().err
     assert run(*build) == 0 and "--doc_sep line" in capsys.readouterr().out

@@ -10,6 +10,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -130,7 +131,7 @@ def run_job(job):
         path.unlink(missing_ok=True)
     parts.publish(quarantine, f"{stem}.quarantine.jsonl") if quarantined else quarantine.unlink()
     advance(bytes=job.task.bytes - last)
-    sidecar = {"signature": job.signature, "task": asdict(job.task), "counts": nested(counts),
+    sidecar = {"signature": job.signature, "task": asdict(job.task) | {"path": file}, "counts": nested(counts),
                "quarantined": dict(sorted(quarantined.items())), "first_bad": first_bad, "examples": dict(sorted(examples.items())),
                "blake2b": file_hash(kept.path)}
     parts.write_json(f"{stem}.json", sidecar)
@@ -283,8 +284,10 @@ def run_stage(cfg, name, tasks, steps, settings, code, extra=lambda: {}):
     if other shards are still to come.
 
     Skips what is done. `settings` and the source of the modules `code` decide what "done" means. `extra()` adds to the
-    report when all parts are there."""
+    report when all parts are there. The work is done in OUT/NAME.tmp, so what was in OUT/NAME before stays until all is
+    well; parts of it that still hold are linked over."""
     target = Path(cfg.out) / name
+    aside = Path(f"{target}.tmp")
     claim(target)
     basis = {"settings": settings, "code": [hashlib.blake2b(Path(m.__file__).read_bytes(), digest_size=8).hexdigest() for m in code],
              "keep_dropped": cfg.keep_dropped}
@@ -292,19 +295,22 @@ def run_stage(cfg, name, tasks, steps, settings, code, extra=lambda: {}):
                   for task in tasks]
     whole = hashlib.blake2b("".join(signatures).encode(), digest_size=16).hexdigest()
     before = parts.read_report(target)
-    todo = [i for i in range(len(tasks)) if cfg.force or not is_done(target, i, signatures[i])]
-    if before and before["signature"] == whole and not todo:
+    whole_before = [is_done(target, i, signature) and not cfg.force for i, signature in enumerate(signatures)]
+    if before and before["signature"] == whole and all(whole_before):
         print(f"{name}: {io.shown(target)} is complete, skipped (--force redoes it)")
         return before
-    if before:
-        (target / "report.json").unlink()                # unfinished from here on
+    claim(aside)
+    for i, holds in enumerate(whole_before):
+        if holds and not is_done(aside, i, signatures[i]):
+            link(target, aside, i)
+    todo = [i for i in range(len(tasks)) if cfg.force or not is_done(aside, i, signatures[i])]
     shard, of = shard_of(cfg.shard)
     mine = [i for i in todo if i % of == shard]
     print(name + (f": {len(tasks) - len(todo)} of {len(tasks)} tasks were done before" if 0 < len(todo) < len(tasks) else "")
           + (f": shard {cfg.shard}, {len(mine)} tasks" if of > 1 else ""), flush=True)
     start = time.time()
     todo_steps = tuple(steps())
-    jobs = [Job(tasks[i], todo_steps, str(target), signatures[i], cfg.keep_dropped, cfg.show, cfg.fail_fast) for i in mine]
+    jobs = [Job(tasks[i], todo_steps, str(aside), signatures[i], cfg.keep_dropped, cfg.show, cfg.fail_fast) for i in mine]
     peak = [peak_rss_mb() or 0]
     n_seen = n_bad = 0
 
@@ -314,17 +320,22 @@ def run_stage(cfg, name, tasks, steps, settings, code, extra=lambda: {}):
         n_bad += sum(sidecar["quarantined"].values())
         n_seen += sidecar["counts"]["in"] + sum(sidecar["quarantined"].values())
         if n_bad > cfg.max_bad * n_seen and n_seen > 10_000:
-            raise UserError(too_bad(n_bad, n_seen, cfg.max_bad, sidecar["first_bad"], target))
+            raise UserError(too_bad(n_bad, n_seen, cfg.max_bad, sidecar["first_bad"], aside))
     run(run_job, jobs, name, cfg.workers, cfg.runner, sum(job.task.bytes for job in jobs), seen)
-    missing = [i for i in range(len(tasks)) if not is_done(target, i, signatures[i])]
+    missing = [i for i in range(len(tasks)) if not is_done(aside, i, signatures[i])]
     if missing:
         print(f"  {len(missing)} of {len(tasks)} tasks are left to the other shards (the next is part {missing[0]})", flush=True)
         return None
-    return finish(cfg, name, target, len(tasks), whole, basis, time.time() - start, max(peak), extra)
+    report = finish(cfg, name, aside, len(tasks), whole, basis, time.time() - start, max(peak), extra)
+    shutil.rmtree(target, ignore_errors=True)
+    aside.rename(target)
+    parts.gather(cfg.out)
+    print("\n".join(page.lines(name, report)) + f"\n  -> {io.shown(target)}", flush=True)
+    return report
 
 
 def finish(cfg, name, target, n, signature, basis, seconds, peak, extra):
-    """All parts are there: add up the sidecars, write report.json, report.html and quarantine.jsonl, print."""
+    """All parts are there: add up the sidecars, write report.html, quarantine.jsonl and, last, report.json; returns that."""
     stems = [f"part-{i:05d}" for i in range(n)]
     for path in target.iterdir():                        # parts of an earlier plan, what a kill has left, what was exported of them
         if path.suffix == ".tmp" or path.name in parts.EXPORTS or path.name.startswith("part-") and path.name.split(".")[0] not in stems:
@@ -355,16 +366,25 @@ def finish(cfg, name, target, n, signature, basis, seconds, peak, extra):
                          "peak_rss_mb": peak, "parts": [f"{stem}.parquet" for stem in stems], "settings": basis["settings"],
                          "output": hashlib.blake2b("".join(s["blake2b"] for s in sidecars).encode(), digest_size=16).hexdigest(),
                          "signature": signature}
-    parts.write_json(target / "report.json", report)
-    parts.gather(cfg.out)
     (target / "report.html").write_text(page.render(name, report), encoding="utf-8")
-    print("\n".join(page.lines(name, report)) + f"\n  -> {io.shown(target)}", flush=True)
+    parts.write_json(target / "report.json", report)
     return report
 
 
 def too_bad(bad, seen, limit, first, target):
     where = f"; the first is {first[0]['file']}:{first[0]['line']}, {first[0]['reason']} ({first[0]['error'] or first[0]['head']})" if first else ""
     return f"{bad:,} of {seen:,} rows cannot be read, more than --max_bad {limit:g}{where}; all stand in {target.as_posix()}/*quarantine.jsonl"
+
+
+def link(source, target, i):
+    """Part i of `source` and what belongs to it, also under `target` (a second name of the same file where the disk can)."""
+    for path in source.glob(f"part-{i:05d}.*"):
+        other = target / path.name
+        other.unlink(missing_ok=True)
+        try:
+            os.link(path, other)
+        except OSError:
+            shutil.copy2(path, other)
 
 
 def claim(target):

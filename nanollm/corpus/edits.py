@@ -32,8 +32,9 @@ INLINE = ("a abbr acronym audio b bdi bdo big button canvas center cite code col
 TAG = r"</?(?:{})(?:\s[^<>=]{{0,100}}=[^<>]{{0,500}}|\s*/?)>"
 BLOCK_TAG = re.compile(TAG.format("|".join(BLOCK.split())), re.I)
 INLINE_TAG = re.compile(TAG.format("|".join(INLINE.split())), re.I)
-HIDDEN = re.compile(r"<(?:!doctype[^<>]{0,200}>|(!--)|(script|style)\b[^<>]*>)", re.I)
-END_OF_HIDDEN = {"!--": re.compile("-->"), "script": re.compile(r"</script\s*>", re.I), "style": re.compile(r"</style\s*>", re.I)}
+# Possessive, and up to the next opening only: .*? would read the rest of the text again for each "<!--" that never ends.
+HIDDEN = re.compile(r"<!--(?:[^<-]++|<(?!!--)|-(?!->))*+-->|<!doctype[^<>]{0,200}>"
+                    r"|<(script|style)\b[^<>]{0,1000}>(?:[^<]++|<(?!/?(?:script|style)\b))*+</\1\s{0,100}>", re.I)
 
 # A URL ends at a blank, a quote, CJK punctuation or a Chinese character (\S+ would swallow the sentence that follows),
 # and a full stop or bracket at its end belongs to the sentence. No \b in front: Python counts Han as word characters.
@@ -47,7 +48,7 @@ WIKI_MARK = re.compile(r"\[(?:[1-9][0-9]{0,2}(?:[-–,， ]{1,2}[1-9][0-9]{0,2})
 REPEATED = re.compile(r"[。！？!?，,、；;](?<=(.))(?:[ \t]*\1)+")
 DOTS = re.compile(r"\.{4,}|。{2,}|…{3,}")
 LONG_BLANK = re.compile("[ \t\u3000]{9,}")
-ENDLESS = re.compile("([ \t\u3000])\\1{256,}")            # tiktoken overflows its stack on a million blanks
+ENDLESS = re.compile("[ \t\u3000]{257,}")                 # tiktoken overflows its stack on a million blanks
 LINE_END = re.compile("[ \t\u3000]+(?=\n|\\Z)")
 BLANK_LINES = re.compile("\n{4,}")
 
@@ -64,13 +65,14 @@ TO_ASCII = re.compile(r"[，！？；：．](?:(?<=[A-Za-z][，！？；：])(?=
 ASCII = str.maketrans("，！？；．：", ",!?;.:")
 
 # Lines around the text of a page. Only in lines of at most BOILERPLATE_LINE characters: C4 drops every line with the
-# word "javascript", and with it the paragraphs of any text about it.
+# word "javascript", and with it the paragraphs of any text about it. The words in SIGNS are the screen.
 BOILERPLATE_LINE = 100
-BOILERPLATE = [words.encode() for words in (
-               "版权所有", "转载请注明", "转载请保留", "未经授权", "点击查看", "点击进入", "上一篇", "下一篇", "icp备", "icp证", "公网安备",
-               "返回顶部", "返回首页", "阅读全文", "责任编辑：", "all rights reserved", "lorem ipsum", "enable javascript", "javascript is disabled",
-               "javascript is required", "requires javascript", "uses cookies", "use of cookies", "use cookies", "cookie policy",
-               "privacy policy", "terms of use", "terms of service")]
+BOILERPLATE = re.compile(r"版权所有(?![者人权])|(?:未经.{0,6}|请勿|禁止|不得)转载|转载请(?:注明|保留)|ICP[备证]|公网安备|返回(?:顶部|首页)(?=\W|$)|[上下]一篇[：:]"
+                         r"|点击(?:查看|进入|阅读)(?:更多|详情|全文|原文|大图)|阅读(?:全文|原文)(?=\W|$)|责任编辑[：:]|all rights reserved|lorem ipsum"
+                         r"|(?:enable|requires) javascript|javascript is (?:disabled|required)|\buses? (?:of )?cookies|cookie policy|privacy policy"
+                         r"|terms of (?:use|service)", re.I)
+SIGNS = [word.encode() for word in ("版权所有", "转载", "icp", "公网安备", "返回", "一篇", "点击", "阅读", "责任编辑", "reserved", "lorem ipsum", "javascript",
+                                    "cookie", "privacy policy", "terms of")]
 
 # A sentence with its end mark; a line break ends one too. "." only before a blank or the end: 3.14 is no end.
 SENTENCE = re.compile(r"[^。！？!?\n.]*(?:\.(?![\s”’\"')]|\Z)[^。！？!?\n.]*)*(?:(?:[。！？!?]|\.)[”’」』\"')）]*|\n|\Z)")
@@ -85,32 +87,16 @@ def characters(text):
     """Newlines as \\n, entities decoded, invisible characters off, NFC (not NFKC: that would turn ，！１² into ,!12)."""
     if "&" in text:
         text = ENTITY.sub(lambda m: html.unescape(m[0]), text)
-    if any(blank * 257 in text for blank in " \t\u3000"):
-        text = ENDLESS.sub(lambda run: run[1] * 256, text)
+    if len(text) > 256:
+        text = ENDLESS.sub(lambda run: run[0][:256], text)
     if ODD.search(text):
         text = INVISIBLE.sub("", NEWLINE.sub("\n", text).replace("\xa0", " "))            # a no-break blank is a blank
     return unicodedata.normalize("NFC", text)
 
 
-def strip_hidden(text):
-    """Comments, scripts and styles off. Not one pattern `<!--.*?-->`: that would look for the end of each of a thousand
-    comments that are never closed, and take hours for a megabyte of them. Here the first that has no end is the last asked."""
-    out, at, endless = [], 0, set()
-    for begin in HIDDEN.finditer(text):
-        kind = (begin[1] or begin[2] or "").lower()
-        if begin.start() >= at and kind not in endless:
-            end = END_OF_HIDDEN[kind].search(text, begin.end()) if kind else begin
-            if end:
-                out.append(text[at:begin.start()])
-                at = end.end()
-            else:
-                endless.add(kind)
-    return "".join(out) + text[at:]
-
-
 def markup(text):
     """Tags, comments and scripts off; a block tag leaves a line break, so that no two words grow together."""
-    return INLINE_TAG.sub("", BLOCK_TAG.sub("\n", strip_hidden(text))) if "<" in text else text
+    return INLINE_TAG.sub("", BLOCK_TAG.sub("\n", HIDDEN.sub("", text))) if "<" in text else text
 
 
 def urls(text, tag=""):
@@ -145,12 +131,10 @@ def punctuation(text):
 
 def boilerplate(text):
     """Short lines off that belong to the page and not to its text: 版权所有, 上一篇, cookie notices, "lorem ipsum"."""
-    def has_any(part):
-        lower = part.encode("utf-8", "surrogatepass").lower()         # of bytes: ASCII only, and twenty times faster
-        return any(words in lower for words in BOILERPLATE)
-    if not has_any(text):
+    lower = text.encode("utf-8", "surrogatepass").lower()               # of bytes: ASCII only, and twenty times faster
+    if not any(sign in lower for sign in SIGNS):
         return text
-    return "\n".join(line for line in text.split("\n") if len(line) > BOILERPLATE_LINE or not has_any(line))
+    return "\n".join(line for line in text.split("\n") if len(line) > BOILERPLATE_LINE or not BOILERPLATE.search(line))
 
 
 def repeated_sentences(text, least=10):

@@ -331,14 +331,15 @@ def ngram_hashes(units, n):
 
     By doubling: the sum over 2k terms is the sum over the first k plus B^k times the sum over the next k.
     """
-    total, done, power, size = 0, 0, units, 1             # `power` holds the sums over `size` terms
-    while done < n:
-        length = len(units) - done - size + 1
+    total, done = None, 0                                 # total: the sums over the first `done` terms
+    power, size = units, 1                                # power: the sums over `size` terms
+    while True:
         if n & size:
-            shifted = power[done:] * POWERS[done]
-            total, done = (total[:length] if done else 0) + shifted[:length], done + size
-        power, size = (power[:-size] + power[size:] * POWERS[size], 2 * size) if done < n else (power, size)
-    return total
+            more = power[done:] * POWERS[done]
+            total, done = more if total is None else total[:len(more)] + more, done + size
+            if done == n:
+                return total
+        power, size = power[:-size] + power[size:] * POWERS[size], 2 * size
 
 
 def groups(hashes):

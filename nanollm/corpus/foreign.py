@@ -12,6 +12,7 @@ import zlib
 from collections import deque
 from io import BytesIO
 
+from nanollm.config import UserError
 from nanollm.corpus.adapters import PAGES
 from nanollm.corpus.edits import markup
 from nanollm.corpus.readers import MAX_LINE, numbered_lines
@@ -171,8 +172,10 @@ def page_text(html):
     no tag. The two differ, so one corpus should be read with one of them."""
     try:
         import trafilatura
-    except ImportError:
+    except ModuleNotFoundError:
         return markup(html)
+    except ImportError as e:                              # half installed: not to be mistaken for absent
+        raise UserError(f"trafilatura is installed but cannot be loaded: {e}; install what it misses, or uninstall it") from None
     return trafilatura.extract(html) or ""
 
 

@@ -25,8 +25,7 @@ from nanollm.config import UserError
 
 V, K = 0x110000, 20.0
 START, OPEN, CLOSE = 1, 2, 3                              # code points around each text; no clean text has them
-MIX = np.uint64(0x9E3779B97F4A7C15)
-BATCH = 2**19                                             # characters scored at once, about 60 MB of arrays
+BATCH = 2**15                                             # characters at once: what fits into the cache is three times faster
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,11 +72,16 @@ def grams(texts, bits):
     before[starts] = before2[starts] = before2[starts + 1] = 0          # nothing reaches into the text before
     predicted = np.ones(len(codes), bool)
     predicted[starts] = predicted[starts + 1] = False
-    pairs = (before * MIX + codes) * MIX
-    triples = ((before2 + MIX) * MIX ^ pairs) * MIX
-    shift = np.uint64(64 - bits)
-    as_index = (array.astype(np.int64) for array in (codes, pairs >> shift, triples >> shift))
-    return *as_index, predicted, np.repeat(np.arange(len(texts)), lengths)
+    pairs = before << np.uint64(21) | codes               # a code point has 21 bits, so three of them fit exactly
+    triples = before2 << np.uint64(42) | pairs
+    return codes.astype(np.int64), slots(pairs, bits), slots(triples, bits), predicted, np.repeat(np.arange(len(texts)), lengths)
+
+
+def slots(keys, bits):
+    """uint64 keys as table indices below 2^bits (the mixing steps of splitmix64, Steele et al. 2014)."""
+    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (keys >> np.uint64(64 - bits)).astype(np.int64)
 
 
 def count(texts, bits=22, share=1.0):
@@ -113,7 +117,7 @@ def perplexity(lm, texts, order=3, leave_out=True):
         lengths = np.array([len(text) + 1 for text in batch])
         if leave_out:
             mine = np.array([counted(text, lm.share) for text in batch])[text_of]
-            n1, n2, n3 = (table - mine * own_counts(keys, text_of) for table, keys in ((n1, codes), (n2, pairs), (n3, triples)))
+            n1, n2, n3 = (np.maximum(table - mine * own_counts(keys, text_of), 0) for table, keys in ((n1, codes), (n2, pairs), (n3, triples)))
             n = n - mine * lengths[text_of]
         at = np.flatnonzero(predicted)
         p = (n1[at] + 1) / (n[at] + V)
