@@ -124,14 +124,13 @@ def plot(rows, path):
         points = [(r["name"], r["vocab_size"], r[lang]["bytes_per_token"]) for r in rows]
         ours = sorted((x, y) for name, x, y in points if name.startswith("bpe "))
         axis.plot([x for x, _ in ours], [y for _, y in ours], "o-", color="tab:blue", label="our BPE")
-        for name, x, y in points:
-            if not name.startswith("bpe "):
-                axis.plot(x, y, "s", color="tab:orange")
-                axis.annotate(name, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
+        for k, (name, x, y) in enumerate(p for p in points if not p[0].startswith("bpe ")):
+            axis.plot(x, y, "s", color="tab:orange")
+            axis.annotate(name, (x, y), textcoords="offset points", xytext=(4, -10 if k % 2 else 4), fontsize=8)    # neighbours apart
         axis.set(xscale="log", title=lang, xlabel="ids", ylabel="bytes a token")
         axis.margins(x=0.2)
         axis.grid(alpha=0.3)
         axis.legend()
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
