@@ -10,6 +10,7 @@
 import json
 import os
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,10 +52,10 @@ def ppl(cfg, model, tok):
     if path.is_dir() and list(path.glob("*.bin")):
         data = TokenFile(path, cfg.split, model.args.max_seq_len, "documents", tok.hash)
     else:
-        files, quarantine = io.find_files([path], exclude=os.devnull)[0], io.Quarantine(os.devnull)
-        data = [row["text"] for row in io.read_documents({f: io.choose_separator(f, "auto") for f in files}, quarantine)]
-        if bad := quarantine.counts.total():
-            print(f"set aside {bad} of {bad + len(data)} rows: {dict(quarantine.counts)}")
+        unread, tasks = Counter(), io.plan(io.find_files([path], exclude=os.devnull)[0])
+        data = [row["text"] for task in tasks for row in io.documents(task, lambda line, reason, *rest: unread.update([reason]))]
+        if bad := unread.total():
+            print(f"set aside {bad} of {bad + len(data)} rows: {dict(unread)}")
         if bad > cfg.max_bad * (bad + len(data)):
             raise UserError(f"--data {path}: more than --max_bad {cfg.max_bad:.0%} of its rows cannot be read")
     return evaluation.lm_loss(model, tok, data, cfg.max_tokens)

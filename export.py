@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from nanollm import checkpoint, config, hf, peft
+from nanollm import checkpoint, config, foreign_tokenizers, hf, peft
 from nanollm import tokenizer as tokenizers
 from nanollm.config import UserError, arg
 from nanollm.model import Transformer
@@ -58,8 +58,7 @@ def to_hf(cfg):
         raise UserError(f"--dtype must be float32, bfloat16 or float16, got {cfg.dtype!r}")
     table = hf.to_hf_config(model.args, tok, cfg.dtype) | {"nanollm_stage": meta["stage"]}
     state = hf.to_hf_state(model.state_dict(), model.args)
-    # a foreign file may glue on a BOS or cut and pad; we never did
-    tokenizer_json = tokenizers.to_hf_json(tok) | {"post_processor": None, "truncation": None, "padding": None}
+    tokenizer_files = foreign_tokenizers.hf_files(tok, tokenizers.CHAT_TEMPLATE, model.args.max_seq_len)
 
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "config.json", table)
@@ -67,13 +66,7 @@ def to_hf(cfg):
         key: table[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")})
     safetensors.save_file({k: v.to(dtype).contiguous() for k, v in state.items()}, out / "model.safetensors",
                           metadata={"format": "pt"})
-    write_json(out / "tokenizer.json", tokenizer_json)
-    write_json(out / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.args.max_seq_len,
-        "eos_token": "<|im_end|>", "pad_token": "<|pad|>", "bos_token": None, "unk_token": None,
-        "additional_special_tokens": ["<|endoftext|>", "<|im_start|>"], "clean_up_tokenization_spaces": False,
-        "chat_template": tokenizers.CHAT_TEMPLATE})
-    (out / "chat_template.jinja").write_text(tokenizers.CHAT_TEMPLATE, encoding="utf-8", newline="\n")
+    foreign_tokenizers.write_files(out, tokenizer_files)
     return [p.name for p in sorted(out.iterdir())]
 
 

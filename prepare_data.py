@@ -1,112 +1,92 @@
 """Raw text -> clean -> deduplicate -> tokenizer -> token files.
 
-    python prepare_data.py build --input books/ news.jsonl.gz --out out/mydata --vocab_size 6400
+    python prepare_data.py build --input books/ news.jsonl.gz baike=563w_baidubaike.json --out out/mydata --vocab_size 6400
 
-reads .txt, .jsonl, .json, .parquet (each also .gz) or directories of them, and leaves in --out one directory a stage:
+reads .txt, .jsonl, .json, .parquet, .csv, .warc, .wet (each also .gz) or directories of them, and leaves one directory a stage:
 
-    clean/      documents.jsonl, dropped.jsonl (with the reason), quarantine.jsonl (rows that could not be read)
-    dedup/      documents.jsonl, removed.jsonl (with the document it repeats and their Jaccard similarity)
-    tokenizer/  tokenizer.json, vocab.txt
-    tokens/     train.bin, val.bin and what belongs to them: this is what `train_pretrain.py --data` wants
+    clean/          what is left after edits and filters; a dropped document has one reason        docs/cleaning.md
+    dedup/          without exact and near copies                                                  docs/deduplication.md
+    outliers/       (--outliers) without what the corpus itself finds strange: 3 sigma, perplexity
+    decontaminate/  (--eval_data FILES) without the questions it will be tested on                 docs/decontamination.md
+    score/          (--scorer FILE.py:function) with a quality, and without the worst
+    tokenizer/      tokenizer.json, vocab.txt                                                      docs/tokenizer.md
+    tokens/         train and val token files: what `train_pretrain.py --data` wants               docs/packing.md
 
-and in each a report.json. A stage is renamed when it is whole, and skipped if that was done for the same inputs and
-settings. Each is also a command of its own and reads what the one before left (`prepare_data.py COMMAND --help`):
+Documents lie in Parquet parts with a JSON sidecar each; report.json and report.html say what happened to them. A run that
+was killed goes on where it was, and a finished stage is skipped. Each stage is a command of its own and reads the last one
+before it that is there (`prepare_data.py COMMAND --help`):
 
-    demo | clean | dedup | tokenizer | tokenize | build
-
-Chat and preference files need no preparation: train_sft.py, train_rm.py and train_dpo.py read them as they are.
+    demo | clean | dedup | outliers | decontaminate | score | tokenizer | compare | tokenize | export | build
 """
 import dataclasses
-import json
+import shutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from nanollm import config, tokenizer as tokenizers
-from nanollm.config import UserError, arg
-from nanollm.corpus import bpe, clean as cleaning, dedup as deduplication, io, pack
+from nanollm.config import UserError
+from nanollm.corpus import (adapters, bpe, clean as cleaning, compare as comparing, decontaminate as decontamination,
+                            dedup as deduplication, driver, edits, filters, foreign, io, lm, minhash, on_ray, outliers as outlying, pack,
+                            parts, passes, pii, readers, score as scoring,
+                            sentences as sentence_dedup, soft, train_tokenizer as training)
+from nanollm.corpus.parts import Parts
 from nanollm.corpus.stage import stage
+from nanollm.corpus.options import (Build, Clean, Compare, Decontaminate, Dedup, Demo, Export, Outliers, Score, Sentences, Stage,
+                                    Tokenize, Tokenizer, Weigh)
 
-OUT = "output directory of all stages"
-
-
-@dataclass
-class Demo:
-    out: str = arg("out/demo/raw", "where the raw files of the embedded demo world go")
-    size: str = arg("demo", "demo | smoke: minutes or seconds of training")
-    seed: int = arg(0, "another seed, another world")
-    force: bool = arg(False, "redo what is already there")
+FLOW = ("score", "decontaminate", "outliers", "weigh", "sentences", "dedup", "clean", "ingest")      # a stage reads the last one that is there
 
 
-@dataclass
-class Clean:
-    input: list = arg([], "raw files or directories: .txt .jsonl .json .parquet, each also .gz")
-    out: str = arg("out/data", OUT)
-    doc_sep: str = arg("auto", "what ends a document in .txt: line | blank | file | auto (blank lines if any)")
-    min_chars: int = arg(15, "shorter documents are dropped", unit="characters")
-    max_bad: float = arg(0.01, "stop if more than this share of the documents, or of the files, cannot be read")
-    force: bool = arg(False, "redo what is already there")
+def one_of(cfg, **choices):
+    """UserError if an option is none of its choices."""
+    for name, allowed in choices.items():
+        if getattr(cfg, name) not in allowed.split():
+            raise UserError(f"--{name}: {getattr(cfg, name)!r} is none of {', '.join(allowed.split())}")
 
 
-@dataclass
-class Dedup:
-    input: list = arg([], "a .jsonl file of {\"text\"} (default: OUT/clean/documents.jsonl)")
-    out: str = arg("out/data", OUT)
-    threshold: float = arg(0.7, "a document goes if its Jaccard similarity with a kept one reaches this")
-    ngram: int = arg(5, "a document is the set of its runs of this many", unit="characters")
-    num_perm: int = arg(128, "permutations of MinHash; more find the same pairs with fewer false candidates")
-    force: bool = arg(False, "redo what is already there")
+def raw_tasks(cfg):
+    """The raw files of --input cut into tasks, and what is said about it."""
+    if not cfg.input:
+        raise UserError("--input: name the raw files or directories to read")
+    one_of(cfg, doc_sep="auto line blank file", runner="local ray")
+    files, skipped = io.find_files(cfg.input, exclude=cfg.out)
+    tasks = io.plan(files, cfg.doc_sep)
+    for path, sep in {task.path: task.sep for task in tasks}.items():
+        print(f"  reading {io.shown(path)}" + f" (--doc_sep {sep})" * (io.kind(path) == ".txt"))
+    for path, why in skipped:
+        print(f"  skipped {io.shown(path)}: {why}")
+    return tasks
 
 
-@dataclass
-class Tokenizer:
-    input: list = arg([], "a .jsonl file of {\"text\"} (default: OUT/dedup/documents.jsonl)")
-    out: str = arg("out/data", OUT)
-    vocab_size: int = arg(6400, "size of the vocabulary to train, control tokens included", unit="tokens")
-    han_run: int = arg(16, "most Han characters that may become one token; 1 = Chinese by character", least=1)
-    kind: str = arg("bpe", "bpe: byte-level BPE; char: one id a character, the baseline (unknown ones are lost)")
-    tokenizer: str = arg("", "use this one instead of training: a directory, .model, tokenizer.json or .tiktoken")
-    force: bool = arg(False, "redo what is already there")
+def source_of(cfg, name):
+    """The documents that stage `name` reads: --input (raw files become OUT/ingest first), or what the stage before left."""
+    one_of(cfg, runner="local ray")
+    if cfg.input and not (len(cfg.input) == 1 and (Path(cfg.input[0]) / "report.json").is_file()):
+        plain = dataclasses.replace(cfg, shard="0/1")
+        driver.run_stage(plain, "ingest", raw_tasks(cfg), lambda: [], {}, [io, adapters, foreign])
+        return Parts(Path(cfg.out) / "ingest")
+    before = FLOW[FLOW.index(name) + 1:] if name in FLOW else FLOW
+    found = [Path(cfg.out) / s for s in before if (Path(cfg.out) / s / "report.json").is_file()]
+    source = Parts(cfg.input[0] if cfg.input else found[0] if found else Path(cfg.out) / "clean")
+    source.check_fresh()
+    return source
 
 
-@dataclass
-class Tokenize:
-    input: list = arg([], "a .jsonl file of {\"text\"} (default: OUT/dedup/documents.jsonl)")
-    out: str = arg("out/data", OUT)
-    tokenizer: str = arg("", "a directory, .model, tokenizer.json or .tiktoken (default: OUT/tokenizer)")
-    val_fraction: float = arg(0.02, "share of documents held out for validation, chosen by a hash of their text")
-    seed: int = arg(1234, "order of the documents in the token files")
-    force: bool = arg(False, "redo what is already there")
+def settings_of(cfg, source=None, **more):
+    """What decides, beside code and input, what a stage writes: the options that its own class adds, and its source."""
+    own = {f.name for f in dataclasses.fields(cfg)} - {f.name for f in dataclasses.fields(Stage)}
+    settings = {name: getattr(cfg, name) for name in sorted(own)} | more
+    return settings | ({"from": [io.shown(source.directory), source.signature]} if source else {})
 
 
-@dataclass
-class Build(Tokenize, Tokenizer, Dedup, Clean):           # only to have the options of all four
-    input: list = arg([], Clean.__dataclass_fields__["input"].metadata["help"])
-
-
-def shares(counts, total):
-    """{"markup": 3} of 100 -> "markup 3 (3.00%)"."""
-    return " | ".join(f"{name} {n:,} ({n / max(total, 1):.2%})" for name, n in counts.items()) or "none"
-
-
-def head(text):
-    return repr(" ".join(text[:60].split()) + ("…" if len(text) > 60 else ""))
-
-
-def documents_of(cfg, *stages):
-    """The documents a stage reads: --input, or what the first of `stages` that is there has left in --out."""
-    if len(cfg.input) > 1:
-        raise UserError(f"--input: this stage reads one .jsonl file, got {len(cfg.input)}; `clean` merges raw files")
-    paths = [Path(p) for p in cfg.input] or [Path(cfg.out) / name / "documents.jsonl" for name in stages]
-    return io.Documents(next((p for p in paths if p.is_file()), paths[0]))
+def only(cfg, cls):
+    """The options of one stage out of those of `build`."""
+    return cls(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(cls)})
 
 
 def demo(cfg):
     """Write the raw files of the embedded demo world: documents, chats, preference pairs, a multiple-choice test."""
-    if cfg.size not in ("demo", "smoke"):
-        raise UserError(f"--size: {cfg.size!r} is neither demo nor smoke")
+    one_of(cfg, size="demo smoke")
     from nanollm import world                             # only this command needs it
 
     def work(out):
@@ -118,120 +98,175 @@ def demo(cfg):
 
 
 def clean(cfg):
-    """Read raw files, normalise the text, and drop what is too short, or was mostly markup or repeated punctuation."""
-    if not cfg.input:
-        raise UserError("--input: name the raw files or directories to read")
-    if cfg.doc_sep not in ("auto", "line", "blank", "file"):
-        raise UserError(f"--doc_sep: {cfg.doc_sep!r} is none of auto, line, blank, file")
-    files, skipped = io.find_files(cfg.input, exclude=cfg.out)
-
-    def work(out):
-        separators = {path: io.choose_separator(path, cfg.doc_sep) for path in files}
-        for path, sep in separators.items():
-            print(f"  reading {io.shown(path)}" + f" (--doc_sep {sep})" * (io.kind(path) == ".txt"))
-        for path, why in skipped:
-            print(f"  skipped {io.shown(path)}: {why}")
-        r = cleaning.clean_corpus(separators, out, cfg.min_chars, cfg.max_bad)
-        bad, drops = sum(r["quarantined"].values()), sum(r["dropped"].values())
-        print(f"  in {r['in']:,} documents, {r['chars_in']:,} characters\n"
-              f"  = kept {r['kept']:,} ({r['kept'] / r['in']:.1%}), {r['chars']:,} characters "
-              f"+ dropped {drops:,} + quarantined {bad:,}\n"
-              f"  edited {r['changed']:,} of the kept: {shares(r['edited'], r['kept'])}\n"
-              f"  dropped: {shares(r['dropped'], r['in'])}")
-        for reason, examples in r["examples"].items():
-            print("\n".join(f"    {reason}: {d['id']} {head(d['text'])}" for d in examples))
-        if bad:
-            print(f"  quarantined: {shares(r['quarantined'], r['in'])}")
-        for row in r["quarantine_examples"]:
-            print(f"    {row['file']}:{row['line']}: {row['reason']} {row['error'] or head(row['head'])}")
-        return r | {"skipped": [[io.shown(path), why] for path, why in skipped]}
-    settings = {"doc_sep": cfg.doc_sep, "min_chars": cfg.min_chars, "max_bad": cfg.max_bad}
-    stage(cfg, "clean", files, settings, [cleaning, io], work)
+    """Read raw files, edit the text, and drop what the recipe says."""
+    recipe = cleaning.read_recipe(cfg.recipe, {"filters": {"too_short": {"chars": cfg.min_chars}}} if cfg.min_chars else {})
+    report = driver.run_stage(cfg, "clean", raw_tasks(cfg), lambda: [(cleaning.clean, recipe)], {"recipe": recipe.settings},
+                              [io, readers, adapters, foreign, cleaning, edits, filters, pii])
+    if cfg.strict and report and report["quarantined"]:
+        print(f"error: --strict: {sum(report['quarantined'].values()):,} rows could not be read; they stand in "
+              f"{cfg.out}/clean/quarantine.jsonl", file=sys.stderr)
+        sys.exit(3)
 
 
 def dedup(cfg):
     """Remove exact copies by hash, and near copies: MinHash-LSH candidates, verified by true Jaccard similarity."""
-    if not 0 < cfg.threshold <= 1 or cfg.ngram < 1 or cfg.num_perm < 4:
-        raise UserError("--threshold must lie in (0, 1], --ngram be at least 1 and --num_perm at least 4")
-    documents = documents_of(cfg, "clean")
+    settings = deduplication.DedupConfig(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(deduplication.DedupConfig)})
+    deduplication.bands_of(settings)                      # refuses what makes no sense
+    source, work = source_of(cfg, "dedup"), Path(cfg.out) / "dedup.work"
+    found, (shard, of) = {}, driver.shard_of(cfg.shard)
+    if of > 1:
+        deduplication.sketch_shard(source.paths, work, settings, driver.runner_of(cfg), shard, of)
+        print(f"dedup: shard {cfg.shard} is sketched; when all are, run `python prepare_data.py dedup` once without --shard")
+        return
 
-    def work(out):
-        b, r = deduplication.bands_and_rows(cfg.threshold, cfg.num_perm)
-        miss = {s: float(f"{deduplication.miss(s, b, r):.2g}") for s in (cfg.threshold, 0.9)}
-        print(f"  {cfg.num_perm} permutations in {b} bands of {r}: overlooks a pair with Jaccard "
-              + ", ".join(f"{s:g} with probability {p:g}" for s, p in miss.items()))
-        report = deduplication.dedup_corpus(documents, out, cfg.threshold, cfg.ngram, cfg.num_perm)
-        print("  in {in:,} = kept {kept:,} + removed {removed:,} (exact {exact:,}, near {near:,}); {candidates:,} "
-              "candidate pairs, {verified:,} verified".format(**report))
-        for row in report["examples"]:
-            print(f"    {row['id']} repeats {row['dup_of']}, Jaccard {row['jaccard']}: {head(row['text'])}")
-        for original, n in report["most_copied"]:
-            if n > 1:
-                print(f"    {n:,} documents repeat {original}")
-        return report | {"bands": b, "rows": r, "miss": miss}
-    settings = {"threshold": cfg.threshold, "ngram": cfg.ngram, "num_perm": cfg.num_perm}
-    stage(cfg, "dedup", [documents.path], settings, [deduplication, io], work)
+    def steps():
+        join = on_ray.join if cfg.runner == "ray" else None
+        found.update(deduplication.deduplicate(source.paths, work, settings, driver.runner_of(cfg), join))
+        print("\n".join("  " + line for line in deduplication.lines(found)))
+        return [(deduplication.drop_duplicates, deduplication.Decisions(str(work)))]
+
+    def extra():
+        return found | {"largest_clusters": deduplication.largest_clusters(source.paths, work)}
+    report = driver.run_stage(cfg, "dedup", driver.part_tasks(source), steps, settings_of(cfg, source), [deduplication, minhash], extra)
+    if report:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def two_passes(cfg, name, gather, code, after=lambda source, steps: {}):
+    """A stage that sees the whole corpus before it decides: gather(source, work, cfg, run) -> steps. `after` adds to the report."""
+    source, work, made = source_of(cfg, name), Path(cfg.out) / f"{name}.work", []
+
+    def steps():
+        made.extend(gather(source, work / source.signature, cfg, driver.runner_of(cfg)))
+        return made
+    report = driver.run_stage(cfg, name, driver.part_tasks(source), steps, settings_of(cfg, source), [passes, *code],
+                              lambda: after(source, made))
+    if report:
+        shutil.rmtree(work, ignore_errors=True)
+    return report
+
+
+def outliers(cfg):
+    """Drop what the corpus itself finds strange: 3 sigma from the mean of its source, or a perplexity at either end."""
+    return two_passes(cfg, "outliers", passes.outlier_steps, [outlying, lm])
+
+
+def sentences(cfg):
+    """Cut lines or sentences that stand in many documents (headers, footers, notices) from all of them but the first."""
+    one_of(cfg, unit="line sentence")
+    return two_passes(cfg, "sentences", passes.sentence_steps, [sentence_dedup])
+
+
+def weigh(cfg):
+    """Soft deduplication: the more like others a document is, the less it weighs; with --thin the weight is its chance to stay."""
+    one_of(cfg, by="tfidf commonness")
+    return two_passes(cfg, "weigh", passes.weigh_steps, [soft, deduplication, minhash])
+
+
+def decontaminate(cfg):
+    """Remove the questions of the evaluation files from the corpus, and say how much of each test was found in it."""
+    one_of(cfg, policy="cut drop")
+    if not cfg.eval_data:
+        raise UserError("--eval_data: name the files of the tests that the model is to be judged by")
+
+    def found(source, steps):
+        rows = passes.contamination(source, steps[0][1], driver.runner_of(cfg))
+        for row in rows:
+            if row["items_hit"]:
+                print(f"  {row['task']}: {row['items_hit']:,} of {row['items']:,} items found, {row['coverage']:.0%} of their n-grams on the "
+                      f"average, in {row['documents']:,} documents")
+        return {"tasks": rows}
+    return two_passes(cfg, "decontaminate", passes.decontamination_steps, [decontamination], found)
+
+
+def score(cfg):
+    """Give every document a quality, and drop those below --threshold, or by lot."""
+    source = source_of(cfg, "score")
+    settings = scoring.Score(cfg.scorer, cfg.select, cfg.threshold, cfg.low, cfg.high, cfg.seed)
+    return driver.run_stage(cfg, "score", driver.part_tasks(source), lambda: [(scoring.score, settings)], settings_of(cfg, source), [scoring])
 
 
 def tokenizer(cfg):
-    """Train our byte-level BPE (or take the tokenizer given), and say how much text a token carries."""
-    if cfg.kind not in ("bpe", "char"):
-        raise UserError(f"--kind {cfg.kind} is unknown; use bpe or char")
-    documents = documents_of(cfg, "dedup", "clean")
+    """Train a tokenizer (or take the one given), and say how much text a token carries."""
+    documents = source_of(cfg, "tokenizer")
     given = tokenizers.load(cfg.tokenizer) if cfg.tokenizer else None
 
     def work(out):
-        tok, pattern = given, tokenizers.pattern_for(cfg.vocab_size, cfg.han_run)
-        if tok is None:
-            texts = (d["text"] for d in io.progress(documents, desc="tokenizer", unit=" docs"))
-            if cfg.kind == "char":
-                tok = tokenizers.char_tokenizer(bpe.train_char(texts))
-            else:
-                say = lambda line: print("  " + line.removeprefix("tokenizer: "))
-                tok = tokenizers.bpe_tokenizer(bpe.train_bpe(texts, cfg.vocab_size, pattern, say=say), pattern)
+        texts = io.progress(documents.texts(), total=len(documents), desc="tokenizer", unit=" docs")
+        tok = given or training.train_tokenizer(cfg.kind, texts, cfg.vocab_size, cfg.han_run, cfg.sample_mb << 20,
+                                                lambda line: print("  " + line.removeprefix("tokenizer: ")))
         tok.save(out)
-        spread = np.linspace(0, len(documents) - 1, min(len(documents), 2000)).astype(int)   # over the whole corpus
-        texts = {"all": [documents[i]["text"] for i in spread]}
-        texts |= {name: [t for t in texts["all"] if tokenizers.language(t) == name] for name in ("en", "zh")}
-        carried = {name: tokenizers.compression(tok, part) for name, part in texts.items() if part}
+        some = list(documents.sample(2000))
+        row, = comparing.compare({"": tok}, {"all": some} | comparing.by_language(some))
         print(f"  {tok.kind}, {tok.vocab_size:,} ids")
+        carried = {name: row[name] for name in comparing.languages([row])}
         for name, c in carried.items():
             print(f"    {name}: {c['bytes_per_token']:.2f} bytes, {c['chars_per_token']:.2f} characters a token")
         return {"kind": tok.kind, "vocab_size": tok.vocab_size, "hash": tok.hash, **carried.pop("all"), **carried}
-    settings = {"tokenizer": given.hash} if given else {"kind": cfg.kind, "vocab_size": cfg.vocab_size, "han_run": cfg.han_run}
-    stage(cfg, "tokenizer", [documents.path], settings, [tokenizers, bpe], work)
+    settings = {"tokenizer": given.hash} if given else settings_of(cfg)
+    stage(cfg, "tokenizer", documents, settings, [tokenizers, training, bpe], work)
+
+
+def compare(cfg):
+    """Several tokenizers side by side: bytes and characters a token by language, speed, and what the embedding costs."""
+    if not cfg.tokenizer and not cfg.vocab_size:
+        raise UserError("--tokenizer or --vocab_size: name the tokenizers to compare, or sizes to train ours at")
+    tasks = raw_tasks(cfg)
+    learn, measure = comparing.split(lambda: (row["text"] for task in tasks for row in io.documents(task, lambda *bad: None)))
+    tried = comparing.our_sizes(learn, [config.convert("vocab_size", size, 0, "command line") for size in cfg.vocab_size], cfg.han_run)
+    tried |= {Path(path).stem if Path(path).stem != "tokenizer" else Path(path).parent.name: tokenizers.load(path) for path in cfg.tokenizer}
+    rows = comparing.compare(tried, comparing.by_language(measure), cfg.dim, cfg.layers, cfg.hidden_dim, cfg.tied)
+    print(comparing.table(rows))
+    if cfg.plot:
+        comparing.plot(rows, cfg.plot)
 
 
 def tokenize(cfg):
     """Split off the validation documents, shuffle, encode, and write the token files."""
-    documents = documents_of(cfg, "dedup", "clean")
-    tok = tokenizers.load(cfg.tokenizer or Path(cfg.out) / "tokenizer")
+    documents = source_of(cfg, "tokenize")
+    path = cfg.tokenizer or (Path(cfg.out) / "tokenizer").as_posix()
+    tok = tokenizers.load(path)
     if not 0 < cfg.val_fraction < 1:
         raise UserError(f"--val_fraction: {cfg.val_fraction} does not lie between 0 and 1")
 
     def work(out):
-        report = pack.write_splits(out, documents, tok, cfg.val_fraction, cfg.seed)
+        found = pack.write_splits(documents.paths, out, path, cfg.val_fraction, cfg.seed, driver.runner_of(cfg), cfg.shard_tokens, cfg.by_source)
         tok.save(out / "tokenizer")
-        for split, m in report.items():
-            print(f"  {split}: {m['n_docs']:,} documents, {m['n_tokens']:,} tokens ({m['dtype']}), "
-                  f"{m['n_bytes'] / m['n_tokens']:.2f} bytes a token")
-        return report
-    settings = {"tokenizer": tok.hash, "val_fraction": cfg.val_fraction, "seed": cfg.seed}
-    stage(cfg, "tokens", [documents.path], settings, [tokenizers, pack], work)
+        for name, splits in (found if cfg.by_source else {"": found}).items():
+            for split, m in splits.items():
+                print(f"  {name} {split}: {m['n_docs']:,} documents, {m['n_tokens']:,} tokens ({m['dtype']}), "
+                      f"{m['n_bytes'] / m['n_tokens']:.2f} bytes a token")
+        return found
+    stage(cfg, "tokens", documents, settings_of(cfg) | {"tokenizer": tok.hash}, [tokenizers, pack], work, goes_on=True)
+
+
+def export(cfg):
+    """Write the documents of a stage as JSON lines: {"text"}, chats as {"messages"}, pairs as {"prompt", "chosen", "rejected"}."""
+    path, n = parts.export(source_of(cfg, "export"), cfg.dropped)
+    print(f"{n:,} rows -> {path.as_posix()}")
 
 
 def build(cfg):
-    """clean, dedup, tokenizer, tokenize: from raw files to what `train_pretrain.py --data` reads."""
-    clean(cfg)
-    then = dataclasses.replace(cfg, input=[])             # the later stages read what the one before has left
-    dedup(then)
-    tokenizer(then)
-    tokenize(dataclasses.replace(then, tokenizer=""))
+    """clean, dedup, (decontaminate,) tokenizer, tokenize: from raw files to what `train_pretrain.py --data` reads."""
+    if cfg.shard != "0/1":
+        raise UserError("--shard is for one stage at a time: run clean --shard i/n everywhere, then clean once, then dedup …")
+    stages = [(clean, Clean), (dedup, Dedup), *[(decontaminate, Decontaminate)] * bool(cfg.eval_data), (tokenizer, Tokenizer), (tokenize, Tokenize)]
+    last = None
+    for function, cls in stages:
+        options = only(cfg, cls)
+        if last:                                          # each stage reads the one before, whatever else lies in --out
+            options.input = [str(Path(cfg.out) / last)]
+        if function is tokenize:
+            options.tokenizer = ""                        # the one that was just made
+        function(options)
+        last = function.__name__ if function.__name__ in FLOW else last
     print(f"next: python train_pretrain.py --data {Path(cfg.out, 'tokens').as_posix()}")
 
 
-COMMANDS = {"demo": (demo, Demo), "clean": (clean, Clean), "dedup": (dedup, Dedup), "tokenizer": (tokenizer, Tokenizer),
-            "tokenize": (tokenize, Tokenize), "build": (build, Build)}
+COMMANDS = {"demo": (demo, Demo), "clean": (clean, Clean), "dedup": (dedup, Dedup), "sentences": (sentences, Sentences),
+            "weigh": (weigh, Weigh), "outliers": (outliers, Outliers),
+            "decontaminate": (decontaminate, Decontaminate), "score": (score, Score), "tokenizer": (tokenizer, Tokenizer),
+            "compare": (compare, Compare), "tokenize": (tokenize, Tokenize), "export": (export, Export), "build": (build, Build)}
 
 
 def main(argv):

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from nanollm.config import UserError, arg, run
+from nanollm.corpus import parts
 from nanollm.log import clock
 
 STAGES = {"pretrain": "Pretraining 预训练", "sft": "Supervised fine-tuning 指令微调",
@@ -72,14 +73,14 @@ def collect(run_dir):
         raise UserError(f"--run_dir: {run_dir} is not a directory; `bash runs/speedrun.sh` makes out/demo")
     dropped, removed, tokens, truth, numbers = (read_json(run_dir / name) for name in (
         "clean/report.json", "dedup/report.json", "tokens/train.json", "raw/truth.json", "eval.json"))
-    planted, gone = truth.get("dedup_planted_lines"), read_lines(run_dir / "dedup/removed.jsonl")     # others may go too, if near
+    planted, gone = truth.get("dedup_planted_lines"), parts.dropped(run_dir / "dedup")     # others may go too, if near
     found = sum(int(row["id"].rsplit(":", 1)[1]) in planted for row in gone) if planted else None
     stages = {row["stage"]: row for row in read_lines(run_dir / "stages.jsonl") if "stage" in row}   # the last try counts
     curves = {stage: read_lines(run_dir / stage / "metrics.jsonl") for stage in STAGES}
     report = {
         "clean": {"dropped": total(dropped.get("dropped")), "planted": total(truth.get("clean_planted")),
                   "by_reason": {"dropped": dropped.get("dropped"), "planted": truth.get("clean_planted")}},
-        "dedup": {"removed": removed.get("removed"), "planted": truth.get("dedup_planted"), "planted_found": found},
+        "dedup": {"removed": total(removed.get("dropped")), "planted": truth.get("dedup_planted"), "planted_found": found},
         "tokenizer": {"bytes_per_token": tokens["n_bytes"] / (tokens["n_tokens"] - tokens["n_docs"]) if tokens else None},
         "pretrain": {k: get(numbers, f"pretrain.{k}") for k in ("val_loss", "entropy_floor", "bits_per_byte", "by_kind")},
         "sft": {k: get(numbers, f"sft.{k}") for k in ("exact_match", "stop_rate", "by_task")},

@@ -1,8 +1,8 @@
 r"""Text to ids and back, and conversations to ids.
 
-Five kinds stand behind one interface: our own byte-level BPE ("bpe"), a character table ("char", the baseline that
-has an unknown character), and three foreign ones: SentencePiece .model, byte-level BPE in a Hugging Face
-tokenizer.json, and .tiktoken ranks.
+Six kinds stand behind one interface: our own byte-level BPE ("bpe"), a character table ("char", the baseline that
+has an unknown character), WordPiece ("wordpiece", BERT's), and three foreign ones (`foreign_tokenizers`): SentencePiece
+.model, byte-level BPE in a Hugging Face tokenizer.json, and .tiktoken ranks.
 
 The ids of every kind:  0 .. n-1 what text is made of  |  <|endoftext|> <|im_start|> <|im_end|> <|pad|>  |
 <|reserved_k|> up to a multiple of 64 (matrix sizes that hardware likes, and room for later tokens).
@@ -10,30 +10,23 @@ The ids of every kind:  0 .. n-1 what text is made of  |  <|endoftext|> <|im_sta
 user who types "<|im_end|>" cannot forge a turn. PAD is not EOS: masking the padding must not mask the order to stop.
 Role words stay plain text: as control tokens they would vanish from every sentence about an operating system.
 """
-import base64
 import codecs
 import hashlib
 import json
 import os
-import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import regex          # comes with tiktoken; Python's own `re` knows no \p{Han}
-import sentencepiece
 import tiktoken
 
 from nanollm.config import UserError
+from nanollm.foreign_tokenizers import build_hf, build_sentencepiece, build_tiktoken, no_surrogates, sentencepiece_spec, tiktoken_spec
 
 FORMAT, VERSION = "nanollm-tokenizer", 1
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 MULTIPLE = 64
-
-GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-QWEN_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-GPT4_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*"
-                r"|\s*[\r\n]|\s+(?!\S)|\s+")
+UNKNOWN, CONTINUED = "[UNK]", "##"                                   # WordPiece's, as BERT writes them
 
 
 def pattern_for(vocab_size, han_run=16):
@@ -54,39 +47,6 @@ def pattern_for(vocab_size, han_run=16):
             r"|\s{0,31}[\r\n]|\s{1,32}(?!\S)|\s{1,32}")                   # the last blank is left to the next word
 
 
-def byte_to_unicode():
-    """GPT-2's table: byte -> a printable character (Radford 2019, encoder.py). Printable bytes stand for themselves,
-    the 68 others move to U+0100 and up. Needed for Hugging Face files; its order also breaks ties in training."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    table = {b: chr(b) for b in plain}
-    for b in range(256):
-        table.setdefault(b, chr(256 + len(table) - len(plain)))
-    return table
-
-
-BYTE_CHAR = byte_to_unicode()
-CHAR_BYTE = {c: b for b, c in BYTE_CHAR.items()}
-
-
-def no_surrogates(text):
-    """Half characters (a lone \\ud83d from a JSON escape) have no UTF-8 form; they become U+FFFD, pairs are joined."""
-    try:
-        text.encode("utf-8")
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def passages(text, limit=200_000):
-    """Cut a huge text where a line end has a visible character on both sides: every known pattern cuts there too, so
-    the ids stay the same. Only a text without such a place is cut at `limit`, through a token if need be."""
-    while len(text) > limit:
-        cuts = [m.end() for m in regex.finditer(r"\S\n(?=\S)", text, endpos=limit)]
-        yield text[:cuts[-1] if cuts else limit]
-        text = text[cuts[-1] if cuts else limit:]
-    yield text
-
-
 # ---- the kinds: each builder returns (the bytes of each id, {control token it brings along: id}, encode) -------------
 
 def build_bpe(spec, raw):
@@ -102,72 +62,6 @@ def build_bpe(spec, raw):
                                          special_tokens={}).encode_ordinary
 
 
-def build_tiktoken(spec, raw):
-    """Lines of `base64 rank`. The file does not name its pattern; `load` knows it by the number of ranks."""
-    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, raw.splitlines())}
-    return build_foreign(ranks, spec["pattern"], {}, {})
-
-
-def build_foreign(ranks, pattern, unreachable, known, prepare=str):
-    """Foreign byte-level BPE. Its pattern contains an unbounded `\\s+(?!\\S)`, on which tiktoken 0.14 panics (with a
-    BaseException) after about a million blanks; hence `passages`. `unreachable`: {bytes: id} only for decoding."""
-    if any(bytes([b]) not in ranks for b in range(256)):
-        raise ValueError("some of the 256 bytes are missing")
-    pieces = [b""] * (max([*ranks.values(), *unreachable.values(), *known.values()]) + 1)
-    for piece, i in [*unreachable.items(), *ranks.items()]:
-        pieces[i] = piece
-    fast = tiktoken.Encoding("foreign", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    return pieces, known, lambda text: [i for part in passages(prepare(text)) for i in fast.encode_ordinary(part)]
-
-
-def build_hf(spec, raw):
-    """Byte-level BPE from a Hugging Face tokenizer.json, with GPT-2's pattern or one of its own. Its added tokens count
-    as control tokens: they do not come from text here."""
-    data = json.loads(raw)
-    model, steps = data["model"], data.get("pre_tokenizer") or {}
-    steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
-    if model.get("type") != "BPE" or steps[-1].get("type") != "ByteLevel" or steps[-1].get("add_prefix_space"):
-        raise UserError("only byte-level BPE without a prefix blank can be read from a tokenizer.json, this one has "
-                        f"model {model.get('type')!r} and pre-tokenizer {steps[-1].get('type')!r}")
-    split, own_regex = steps[0], steps[-1].get("use_regex", True)
-    if len(steps) == 1 and own_regex:
-        pattern = GPT2_PATTERN
-    elif (len(steps) == 2 and not own_regex and split["type"] == "Split" and "Regex" in split["pattern"]
-            and split["behavior"] == "Isolated" and not split.get("invert")):
-        pattern = split["pattern"]["Regex"]
-    else:
-        raise UserError(f"its pre-tokenizer {[s.get('type') for s in steps]} is not one that tiktoken can follow")
-    normalizer = (data.get("normalizer") or {}).get("type")
-    if normalizer not in (None, "NFC"):
-        raise UserError(f"its normalizer {normalizer!r} is not supported (none or NFC)")
-
-    known = {t["content"]: t["id"] for t in data.get("added_tokens", [])}
-    vocab = {token: i for token, i in model["vocab"].items() if token not in known}
-    bytes_of = {i: bytes(CHAR_BYTE[c] for c in token) for token, i in vocab.items()}
-    merged = [vocab["".join(m.split(" ") if isinstance(m, str) else m)] for m in model["merges"]]
-    if merged != sorted(set(merged)):
-        raise UserError("its merges are not in the order of its ids, which tiktoken needs")
-    ranks = {bytes_of[i]: i for i in [*(vocab[c] for c in CHAR_BYTE), *merged]}
-    return build_foreign(ranks, pattern, {piece: i for i, piece in bytes_of.items()}, known,
-                         prepare=(lambda text: unicodedata.normalize("NFC", text)) if normalizer else str)
-
-
-def build_sentencepiece(spec, raw):
-    """A SentencePiece model as it was trained: its normalisation may lose something (full-width forms, twin blanks)."""
-    sp = sentencepiece.SentencePieceProcessor()
-    sp.LoadFromSerializedProto(raw)
-
-    def piece(i):
-        if sp.IsByte(i):                                               # "<0x0A>"
-            return bytes([int(sp.IdToPiece(i)[3:5], 16)])
-        text = "\ufffd" if sp.IsUnknown(i) else "" if sp.IsControl(i) else sp.IdToPiece(i).replace("\u2581", " ")
-        return text.encode("utf-8")
-
-    # only "control" pieces are safe to take over: user-defined ones are matched in plain text
-    known = {sp.IdToPiece(i): i for i in range(sp.GetPieceSize()) if sp.IsControl(i)}
-    return [piece(i) for i in range(sp.GetPieceSize())], known, lambda text: sp.EncodeAsIds(no_surrogates(text))
-
-
 def build_char(spec, raw):
     """One id a character. A character not seen in training becomes U+FFFD and is lost: the baseline's weakness."""
     ids = {c: i for i, c in enumerate(spec["characters"])}
@@ -175,8 +69,33 @@ def build_char(spec, raw):
     return [c.encode("utf-8") for c in ids], {}, lambda text: [ids.get(c, unknown) for c in text]
 
 
-BUILD = {"bpe": build_bpe, "char": build_char, "sentencepiece": build_sentencepiece, "hf": build_hf,
-         "tiktoken": build_tiktoken}
+def build_wordpiece(spec, raw):
+    """WordPiece (Schuster & Nakajima 2012, as in BERT): a word is cut greedily into the longest pieces of the
+    vocabulary; a piece that continues a word is written ##piece. A word that cannot be cut is lost as a whole, [UNK].
+
+    Words are the pieces of our own pre-tokenizer, blanks included, so nothing else is lost (BERT drops the blanks).
+    """
+    ids, words = {piece: i for i, piece in enumerate(spec["pieces"])}, regex.compile(spec["pattern"])
+    text_of = {UNKNOWN: "\ufffd"}
+    return ([text_of.get(piece, piece.removeprefix(CONTINUED)).encode("utf-8") for piece in ids], {},
+            lambda text: [i for word in words.findall(no_surrogates(text)) for i in longest_pieces(word, ids)])
+
+
+def longest_pieces(word, ids):
+    """The word's ids, from left to right always the longest piece that is in `ids`."""
+    out, start = [], 0
+    while start < len(word):
+        mark = CONTINUED if start else ""
+        end = next((end for end in range(len(word), start, -1) if mark + word[start:end] in ids), None)
+        if end is None:
+            return [ids[UNKNOWN]]
+        out.append(ids[mark + word[start:end]])
+        start = end
+    return out
+
+
+BUILD = {"bpe": build_bpe, "char": build_char, "wordpiece": build_wordpiece, "sentencepiece": build_sentencepiece,
+         "hf": build_hf, "tiktoken": build_tiktoken}
 
 
 class Tokenizer:
@@ -267,6 +186,16 @@ def char_tokenizer(characters):
     return Tokenizer({"kind": "char", "characters": "".join(sorted(set(characters) | {"\ufffd"}))})
 
 
+def wordpiece_tokenizer(pieces, pattern):
+    """WordPiece from what corpus.wordpiece.train_wordpiece returns."""
+    return Tokenizer({"kind": "wordpiece", "pattern": pattern, "pieces": list(pieces)})
+
+
+def sentencepiece_tokenizer(model):
+    """A SentencePiece model of our own from what corpus.train_tokenizer.train_sentencepiece returns, bytes."""
+    return Tokenizer({"kind": "sentencepiece", "file": "sentencepiece.model", "spell_underline": True}, model)
+
+
 def load(path):
     """The tokenizer in a directory (ours, or a Hugging Face one), or in a .model, .tiktoken or tokenizer.json file.
     UserError if there is none or it is damaged."""
@@ -278,11 +207,9 @@ def load(path):
     raw, hash = file.read_bytes(), None
     try:
         if file.suffix == ".model":
-            spec = {"kind": "sentencepiece", "file": "sentencepiece.model"}
+            spec = sentencepiece_spec(raw)
         elif file.suffix == ".tiktoken":
-            known = {151643: QWEN_PATTERN, 50256: GPT2_PATTERN}        # else GPT-4's, the most common
-            spec = {"kind": "tiktoken", "file": "ranks.tiktoken",
-                    "pattern": known.get(len(raw.splitlines()), GPT4_PATTERN)}
+            spec = tiktoken_spec(file, raw)
         else:
             data = json.loads(raw)
             if data.get("format") == FORMAT:
@@ -355,7 +282,7 @@ class StreamDecoder:
         return self.utf8.decode(b"", final=True)
 
 
-# ---- looking at a tokenizer, and handing it on -----------------------------------------------------------------------
+# ---- looking at a tokenizer ------------------------------------------------------------------------------------------
 
 def compression(tok, texts):
     """How much text a token carries; never compare a loss per token across tokenizers without it."""
@@ -382,25 +309,3 @@ def vocabulary(tok):
     for i in range(tok.vocab_size):
         made_of = " = " + " + ".join(show(p) for p in parents[i]) if i in parents else ""
         yield f"{i}\t{names.get(i) or show(i)}{made_of}"
-
-
-def to_hf_json(tok):
-    """The dict of a Hugging Face tokenizer.json that gives our ids on any text without literal control tokens (there
-    Hugging Face turns the text into the token, we do not). UserError for kinds that have no such form."""
-    added = [{"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-              "special": True} for name, i in sorted(tok.control.items(), key=lambda item: item[1])]
-    if tok.kind == "hf":
-        return json.loads(tok.raw) | {"added_tokens": added}
-    if tok.kind != "bpe":
-        raise UserError(f"a {tok.kind!r} tokenizer has no tokenizer.json form; export a bpe or hf one")
-    names = ["".join(BYTE_CHAR[b] for b in piece) for piece in tok.pieces[:256 + len(tok.merge_ids)]]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": tok.spec["pattern"]}, "behavior": "Isolated", "invert": False}
-    return {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": None, "decoder": byte_level,
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                  "vocab": {name: i for i, name in enumerate(names)},
-                  "merges": [[names[a], names[b]] for a, b in tok.merge_ids]}}

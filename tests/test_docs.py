@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nanollm import config, losses, optim
-from nanollm.corpus import dedup
+from nanollm.corpus import minhash
 from nanollm.model import ModelArgs
 from nanollm.tools import results
 
@@ -149,11 +149,12 @@ def test_every_logged_metric_is_explained_on_its_page():
 def test_numbers_quoted_in_the_pages_are_what_the_code_computes():
     """The learning-rate table, FFN widths, first losses and LSH chances, in both languages."""
     shapes = ((512, 32), (512, 256), (1024, 32), (4096, 256))
+    lsh = [minhash.bands_and_rows(t, p) for t, p in ((0.4, 128), (0.6, 128), (0.85, 256), (0.7, 256))]
     quoted = {"model": [ModelArgs(dim=d, multiple_of=m, n_heads=8).ffn_dim for d, m in shapes],
               "pretrain": [f"{optim.get_lr(i, 3e-4, 1e-5, 500, 9000):.3g}" for i in (0, 250, 500, 4750, 9000, 9999)]
               + [f"{math.log(v):.2f}" for v in (512, 6400, 32006, 64793)],
-              "data": [f"{1 - dedup.miss(s, *dedup.bands_and_rows(t, 128)):.2f}"
-                       for t in (0.7, 0.85) for s in (0.4, 0.6)]}
+              "deduplication": [f"{b} x {r}" for b, r in lsh] + [f"{minhash.candidate_probability(t + d, b, r):.3f}"
+                                for t, (b, r) in zip((0.4, 0.6, 0.85, 0.7), lsh) for d in (-0.2, -0.1, 0, 0.1)]}
     for name, numbers in quoted.items():
         for page in (ROOT / "docs" / f"{name}.md", ROOT / "docs" / "zh" / f"{name}.md"):
             missing = [n for n in map(str, numbers) if n not in text_of(page)]

@@ -15,6 +15,7 @@ import export
 from nanollm import checkpoint, tokenizer as tokenizers
 from nanollm.config import UserError
 from nanollm.corpus.bpe import train_bpe
+from nanollm.foreign_tokenizers import to_hf_json
 from nanollm.generate import generate
 from nanollm.hf import from_hf_config, from_hf_name, to_hf_config, to_hf_name
 from nanollm.model import ModelArgs, RewardModel, Transformer
@@ -170,7 +171,7 @@ def test_a_foreign_llama_gets_our_control_tokens(tok, tmp_path):
         vocab_size=280, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64)).eval()
     theirs.save_pretrained(tmp_path / "theirs")
-    table, old_ids = tokenizers.to_hf_json(tok), max(tok.merge_ids.values())
+    table, old_ids = to_hf_json(tok), max(tok.merge_ids.values())
     (tmp_path / "theirs" / "tokenizer.json").write_text(json.dumps(table | {"added_tokens": []}), encoding="utf-8")
     run(from_hf=tmp_path / "theirs", out=tmp_path / "run")
     model, tok2, meta = checkpoint.load(tmp_path / "run")

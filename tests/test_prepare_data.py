@@ -2,6 +2,7 @@
 import gzip
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 import prepare_data
 from nanollm import tokenizer as tokenizers
-from nanollm.corpus import pack
+from nanollm.corpus import pack, parts
 
 ROOT = Path(__file__).parents[1]
 SENTENCES = [f"Sentence number {i} says that {i * 7919 % 10007} apples are on the table. 桌上有{i * 104729 % 9973}个苹果。"
@@ -35,9 +36,14 @@ def corpus(path, texts=SENTENCES):
 
 
 def files(directory):
-    """Content of every file but the reports, which hold times."""
+    """Content of every file but the reports, which hold times, and the sidecars, which hold when an input was written."""
     return {p.relative_to(directory).as_posix(): p.read_bytes() for p in sorted(directory.rglob("*"))
-            if p.is_file() and p.name != "report.json"}
+            if p.is_file() and not p.name.startswith("report.") and not (p.name.startswith("part-") and p.suffix == ".json")}
+
+
+def tokens_of(directory, split):
+    """(ids, document ends) of a split of one shard."""
+    return np.fromfile(directory / f"{split}-00000.bin", "<u2").tolist(), np.fromfile(directory / f"{split}-00000.idx", "<u8").tolist()
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +52,7 @@ def demo(tmp_path_factory):
     tmp = tmp_path_factory.mktemp("demo")
     assert run("demo", "--out", tmp / "raw", "--size", "smoke") == 0
     assert run("build", "--input", tmp / "raw" / "documents.jsonl", "--out", tmp / "data", "--vocab_size", 512,
-               "--threshold", 0.85) == 0
+               "--threshold", 0.85, "--bands", 32, "--rows", 8) == 0
     return tmp
 
 
@@ -54,8 +60,8 @@ def test_the_demo_loses_exactly_what_was_planted(demo):
     """Junk by reason, near copies by number, and nothing else; no clean document of the world is edited."""
     truth = json.loads((demo / "raw" / "truth.json").read_text(encoding="utf-8"))
     report = json.loads((demo / "data" / "report.json").read_text(encoding="utf-8"))
-    assert report["clean"]["dropped"] == truth["clean_planted"] and report["clean"]["edited"] == {}
-    assert report["dedup"]["removed"] == truth["dedup_planted"] and report["dedup"]["kept"] == truth["documents"]
+    assert report["clean"]["dropped"] == truth["clean_planted"] and report["clean"]["changed"] == 0
+    assert sum(report["dedup"]["dropped"].values()) == truth["dedup_planted"] and report["dedup"]["kept"] == truth["documents"]
     assert report["tokens"]["train"]["n_docs"] + report["tokens"]["val"]["n_docs"] == truth["documents"]
     assert report["tokenizer"]["bytes_per_token"] > 1.5 and {"en", "zh"} <= set(report["tokenizer"])
 
@@ -66,31 +72,29 @@ def test_token_files_decode_to_the_deduplicated_documents(demo):
     tok, back = tokenizers.load(tokens / "tokenizer"), []
     for split in ("train", "val"):
         meta = json.loads((tokens / f"{split}.json").read_text(encoding="utf-8"))
-        ids = np.fromfile(tokens / f"{split}.bin", "<u2").tolist()
+        ids, ends = tokens_of(tokens, split)
         assert meta["tokenizer_hash"] == tok.hash
         assert meta["n_tokens"] == len(ids) and meta["n_docs"] == ids.count(tok.eos_id)
-        ends = np.fromfile(tokens / f"{split}.idx", "<u8").tolist()
         back += [tok.decode(ids[a:b - 1]) for a, b in zip([0, *ends], ends)]
-    kept = (demo / "data" / "dedup" / "documents.jsonl").read_text(encoding="utf-8").splitlines()
-    assert sorted(back) == sorted(json.loads(line)["text"] for line in kept)
+    assert sorted(back) == sorted(parts.Parts(demo / "data" / "dedup").texts())
 
 
 def test_every_removal_is_as_similar_as_it_says(demo):
-    """Checked on the texts themselves, with sets of strings."""
-    def rows(name):
-        return [json.loads(line) for line in (demo / "data" / name).read_text(encoding="utf-8").splitlines()]
-
-    texts = {row["id"]: row["text"] for row in rows("clean/documents.jsonl")}
-    kept, removed = {row["id"] for row in rows("dedup/documents.jsonl")}, rows("dedup/removed.jsonl")
+    """Checked on the texts themselves, with sets of strings; blanks, case and punctuation do not count."""
+    texts = {row["id"]: row["text"] for t in parts.Parts(demo / "data" / "clean").tables(["id", "text"]) for row in t.to_pylist()}
+    kept = {i for t in parts.Parts(demo / "data" / "dedup").tables(["id"]) for i in t["id"].to_pylist()}
+    removed = parts.dropped(demo / "data" / "dedup")
     for row in removed:
-        a, b = ({t[i:i + 5] for i in range(len(t) - 4)} for t in (texts[row["id"]], texts[row["dup_of"]]))
+        a, b = ("".join(c for c in texts[row[key]].lower() if c.isalnum()) for key in ("id", "dup_of"))
+        a, b = ({t[i:i + 5] for i in range(len(t) - 4)} for t in (a, b))
         assert row["dup_of"] in kept and row["id"] not in kept
-        assert len(a & b) / len(a | b) >= 0.85 and abs(len(a & b) / len(a | b) - row["jaccard"]) < 1e-4
+        assert len(a & b) / len(a | b) >= 0.85 and abs(len(a & b) / len(a | b) - row["jaccard"]) < 1e-3
     assert removed and len(kept) + len(removed) == len(texts)
 
 
 def test_a_finished_stage_is_skipped_until_something_changes(tmp_path, capsys):
-    """Same input and settings: skipped; --force, another setting or new input: done again, as are its followers."""
+    """Same input and settings: skipped; --force, another setting or new input: done again. Its followers go by the hash of
+    what it wrote: a setting that changes no document costs them nothing."""
     raw, out = corpus(tmp_path / "raw.jsonl"), tmp_path / "out"
     build = ["build", "--input", raw, "--out", out, "--vocab_size", 400]
     assert run(*build) == 0
@@ -100,9 +104,9 @@ def test_a_finished_stage_is_skipped_until_something_changes(tmp_path, capsys):
     assert run(*build, "--force") == 0 and "skipped" not in capsys.readouterr().out
     assert files(out) == before                                       # and twice the same is the same, byte for byte
     assert run(*build, "--val_fraction", 0.3) == 0 and capsys.readouterr().out.count("skipped") == 3
-    assert run(*build, "--min_chars", 16) == 0 and "skipped" not in capsys.readouterr().out
+    assert run(*build, "--val_fraction", 0.3, "--min_chars", 16) == 0 and capsys.readouterr().out.count("skipped") == 3
     corpus(raw, SENTENCES[:200])
-    assert run(*build) == 0
+    assert run(*build) == 0 and "skipped" not in capsys.readouterr().out
     assert json.loads((out / "report.json").read_text(encoding="utf-8"))["tokens"]["train"]["n_docs"] <= 200
 
 
@@ -116,17 +120,17 @@ def test_build_is_its_four_stages(tmp_path):
 
 
 def test_an_interrupted_stage_leaves_no_half_output(tmp_path, monkeypatch):
-    """Killed between train and val: no tokens/ at all, or the old one untouched; the next run begins anew."""
+    """Killed between train and val: no tokens/ at all, or the old one untouched; the next run goes on to the same bytes."""
     raw, out = corpus(tmp_path / "raw.jsonl"), tmp_path / "out"
     build = ["build", "--input", raw, "--out", out, "--vocab_size", 400]
-    whole = pack.write_tokens
+    whole = pack.save_meta
 
-    def killed(directory, split, texts, tok):
+    def killed(directory, split, *rest):
         if split == "val":
             raise RuntimeError("killed")
-        return whole(directory, split, texts, tok)
+        return whole(directory, split, *rest)
 
-    monkeypatch.setattr(pack, "write_tokens", killed)
+    monkeypatch.setattr(pack, "save_meta", killed)
     with pytest.raises(RuntimeError):
         run(*build)
     assert not (out / "tokens").exists()
@@ -134,10 +138,13 @@ def test_an_interrupted_stage_leaves_no_half_output(tmp_path, monkeypatch):
     assert run(*build) == 0
     good = files(out)
     assert not any(".tmp" in name for name in good)
-    monkeypatch.setattr(pack, "write_tokens", killed)
+    monkeypatch.setattr(pack, "save_meta", killed)
     with pytest.raises(RuntimeError):
         run("tokenize", "--out", out, "--val_fraction", 0.5)
     assert {k: v for k, v in files(out).items() if ".tmp" not in k} == good
+    monkeypatch.undo()
+    assert run("build", "--input", raw, "--out", tmp_path / "straight", "--vocab_size", 400) == 0
+    assert files(tmp_path / "straight") == good
 
 
 def test_a_directory_that_is_not_ours_is_left_alone(tmp_path, capsys):
@@ -168,7 +175,7 @@ def test_a_foreign_tokenizer_is_used_instead_of_training(tmp_path):
     mine.save(tmp_path / "mine")
     assert run("build", "--input", raw, "--out", tmp_path / "out", "--tokenizer", tmp_path / "mine") == 0
     assert tokenizers.load(tmp_path / "out" / "tokens" / "tokenizer").hash == mine.hash
-    ids = np.fromfile(tmp_path / "out" / "tokens" / "val.bin", "<u2").tolist()
+    ids, _ = tokens_of(tmp_path / "out" / "tokens", "val")
     assert mine.decode(ids[:ids.index(mine.eos_id)]) in SENTENCES
 
 
@@ -181,10 +188,14 @@ def test_broken_rows_below_the_limit_are_reported_and_above_it_stop(tmp_path, ca
     error = capsys.readouterr().err
     assert "3 of 303" in error and f"{raw.as_posix()}:301" in error and "broken_json" in error
     assert (tmp_path / "out" / "clean.tmp" / "quarantine.jsonl").read_text(encoding="utf-8").count("\n") == 3
-    assert not (tmp_path / "out" / "clean").exists()
+    assert not (tmp_path / "out" / "clean" / "report.json").exists()
+    assert run("dedup", "--out", tmp_path / "out") == 2 and "prepare_data.py clean" in capsys.readouterr().err
     assert run("clean", "--input", raw, "--out", tmp_path / "out") == 0
     out = capsys.readouterr().out
     assert "quarantined 3" in out and "missing_text" in out and f"{raw.as_posix()}:301" in out
+    assert run("clean", "--input", raw, "--out", tmp_path / "out", "--strict") == 3 and "--strict" in capsys.readouterr().err
+    assert run("clean", "--input", raw, "--out", tmp_path / "other", "--fail_fast") == 2
+    assert f"{raw.as_posix()}:301: broken_json" in capsys.readouterr().err
 
 
 def bad_inputs(tmp):
@@ -208,23 +219,27 @@ def bad_inputs(tmp):
         "broken JSON lines": ([*clean, write("b.jsonl", b"{\n" * 9)], "broken_json"),
         "a cut JSON list": ([*clean, write("c.json", b'[{"text": "long enough to be kept"}, {')], "unreadable_file"),
         "rows without text": ([*clean, write("d.jsonl", b'{"body": "x"}\n' * 9)], "missing_text"),
-        "text that is a number": ([*clean, write("e.jsonl", b'{"text": 1}\n' * 9)], "text_not_a_string"),
+        "text that is a number": ([*clean, write("e.jsonl", b'{"text": 1}\n' * 9)], "bad_type"),
         "GBK instead of UTF-8": ([*clean, write("f.txt", "这不是UTF-8编码的文本".encode("gbk"))], "not_utf8"),
         "UTF-16": ([*clean, write("g.txt", "plain text but two bytes each".encode("utf-16"))], "not_utf8"),
         "a cut gz": ([*clean, write("h.jsonl.gz", gzip.compress(good.read_bytes())[:1500])], "unreadable_file"),
         "a gz that is none": ([*clean, write("i.txt.gz", b"hello there")], "unreadable_file"),
         "a cut parquet": ([*clean, write("j.parquet", whole[:len(whole) // 2])], "unreadable_file"),
         "a parquet without text": ([*clean, tmp / "column.parquet"], "content"),
-        "an SFT file": ([*clean, write("k.jsonl", b'{"messages": []}\n')], "train_sft.py"),
-        "preference pairs": ([*clean, write("l.json", b'[{"chosen": "b", "rejected": "c"}]')], "train_dpo.py"),
         "only junk": ([*clean, write("m.txt", b"short\n!!\n")], "none of 2 documents"),
         "--doc_sep nonsense": ([*clean, good, "--doc_sep", "page"], "--doc_sep"),
         "an unknown option": ([*clean, good, "--min_char", "3"], "min_chars"),
         "an unknown command": (["cleanse"], "cleanse"),
         "--out is a file": (["clean", "--input", good, "--out", good], "good.jsonl"),
         "dedup before clean": (["dedup", "--out", tmp / "other"], "prepare_data.py clean"),
-        "dedup on raw text": (["dedup", *out, "--input", write("n.txt", b"hello\n")], "document 1"),
-        "two files for one stage": (["dedup", *out, "--input", good, good], "--input"),
+        "a shard of none": (["clean", "--out", tmp / "s", "--input", good, "--shard", "4/4"], "--shard"),
+        "a runner that is none": (["dedup", *out, "--runner", "spark"], "--runner"),
+        "a recipe that is none": ([*clean, good, "--recipe", "soup"], "soup"),
+        "a sketch that is none": (["dedup", *out, "--sketch", "pencil"], "--sketch"),
+        "decontamination of nothing": (["decontaminate", *out], "--eval_data"),
+        "a scorer that is none": (["score", *out, "--scorer", "x.py:f"], "x.py"),
+        "tokenizers of nothing": (["compare", "--input", good], "--tokenizer"),
+        "a directory that is no stage": (["dedup", *out, "--input", tmp / "dir"], "nothing to read"),
         "a threshold of 7": (["dedup", *out, "--threshold", "7"], "--threshold"),
         "a vocabulary of 10": (["tokenizer", *out, "--vocab_size", "10"], "--vocab_size"),
         "a tokenizer that is none": (["tokenizer", *out, "--tokenizer", good], "tokenizer"),
@@ -250,7 +265,9 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(tmp_path, capsys):
 
 def test_one_long_file_says_how_to_split_it(tmp_path, capsys):
     """A single document cannot be split into training and validation."""
-    (tmp_path / "book.txt").write_text("\n".join(SENTENCES), encoding="utf-8")
+    rng, words = random.Random(0), "the of and to in is it cat dog house river green old new runs sleeps under over".split()
+    book = [" ".join(rng.choices(words, k=12)).capitalize() + "." for _ in range(300)]
+    (tmp_path / "book.txt").write_text("\n".join(book), encoding="utf-8")
     build = ["build", "--input", tmp_path / "book.txt", "--out", tmp_path / "out", "--vocab_size", 400]
     assert run(*build, "--doc_sep", "file") == 2 and "--doc_sep" in capsys.readouterr().err
     assert run(*build) == 0 and "--doc_sep line" in capsys.readouterr().out

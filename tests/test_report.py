@@ -3,11 +3,13 @@ import json
 import math
 import re
 
+import pyarrow as pa
 import pytest
 from conftest import write_jsonl
 
 from nanollm import report
 from nanollm.config import UserError
+from nanollm.corpus import parts
 
 KEYS = """clean.dropped clean.planted dedup.removed dedup.planted tokenizer.bytes_per_token pretrain.val_loss pretrain.entropy_floor
 pretrain.bits_per_byte sft.exact_match sft.stop_rate rm.accuracy dpo.win_rate dpo.win_rate_before mc.accuracy mc.chance
@@ -21,9 +23,11 @@ def road(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
     put("clean/report.json", {"dropped": {"too_short": 4, "markup": 3}})
-    put("dedup/report.json", {"removed": 5})
+    put("dedup/report.json", {"dropped": {"exact": 1, "near": 4}})
     put("raw/truth.json", {"clean_planted": {"too_short": 4, "markup": 2}, "dedup_planted": 5, "dedup_planted_lines": [3, 4, 5, 6, 7]})
-    write_jsonl(tmp_path / "dedup" / "removed.jsonl", [{"id": f"raw.jsonl:{line}", "dup_of": "raw.jsonl:1"} for line in (3, 4, 5, 6, 9)])
+    gone = parts.Writer(tmp_path / "dedup" / "part-00000.dropped.parquet", parts.DROPPED)
+    gone.write(pa.table({"id": [f"raw.jsonl:{line}" for line in (3, 4, 5, 6, 9)], "text": [""] * 5, "dup_of": ["raw.jsonl:1"] * 5}))
+    gone.close()
     put("tokens/train.json", {"n_bytes": 3000, "n_tokens": 1010, "n_docs": 10})
     put("eval.json", {"pretrain": {"val_loss": 0.549, "entropy_floor": 0.5, "bits_per_byte": 0.3, "by_kind": {
                           "copy": {"loss": 0.25, "floor": 0.0, "tokens": 1234}}},

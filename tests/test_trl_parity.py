@@ -24,10 +24,11 @@ import train_sft
 from conftest import tiny_tokenizer
 from nanollm import peft
 from nanollm.data import ChatRows, PreferenceRows
+from nanollm.foreign_tokenizers import to_hf_json
 from nanollm.hf import from_hf_state, to_hf_name
 from nanollm.losses import IGNORE_INDEX, sequence_logps
 from nanollm.model import ModelArgs, RewardModel, Transformer
-from nanollm.tokenizer import CHAT_TEMPLATE, to_hf_json
+from nanollm.tokenizer import CHAT_TEMPLATE
 
 ARGS = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=64, max_seq_len=160, tie_embeddings=False, norm_eps=1e-6)
 COMMON = dict(use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False, report_to="none", save_strategy="no", logging_steps=1,

@@ -11,8 +11,8 @@ import pytest
 from conftest import python
 from nanollm import world
 from nanollm.config import UserError
-from nanollm.corpus.clean import clean
-from nanollm.corpus.dedup import deduplicate
+from nanollm.corpus.clean import clean_text
+from nanollm.corpus.dedup import DedupConfig, deduplicate_texts
 from nanollm.data import to_messages, to_preference
 from nanollm.evaluation import read_choices
 
@@ -56,7 +56,7 @@ def texts(smoke):
 @pytest.fixture(scope="module")
 def planted(texts):
     """Positions of the near copies in the file: whole sentences that cleaning keeps and this grammar cannot have written."""
-    return [i for i, text in enumerate(texts) if clean(text)[1] is None and world.parse(text) is None]
+    return [i for i, text in enumerate(texts) if clean_text(text)[1] is None and world.parse(text) is None]
 
 
 # ------------------------------------------------------------------------------------------------ exact entropy
@@ -353,8 +353,9 @@ def test_no_pair_of_documents_is_similar_by_accident(texts, planted):
 
 def test_deduplication_removes_exactly_the_planted_copies(texts, planted):
     """The project's own deduplication at the threshold of the demo, after cleaning."""
-    kept = [{"id": i, "text": t} for i, t in enumerate(texts) if world.parse(t) or i in planted]
-    assert [d["id"] for d, gone in deduplicate(kept, threshold=0.85, n=5) if gone] == planted
+    kept = [i for i, t in enumerate(texts) if world.parse(t) or i in planted]
+    decisions = deduplicate_texts([texts[i] for i in kept], DedupConfig(threshold=0.85, bands=32, rows=8))
+    assert [i for i, gone in zip(kept, decisions) if gone] == planted
 
 
 def test_junk_is_dropped_for_exactly_the_reason_it_was_planted_for():
@@ -362,18 +363,18 @@ def test_junk_is_dropped_for_exactly_the_reason_it_was_planted_for():
     for reason in ("too_short", "markup", "repeated_punctuation"):
         for i in range(60):
             text = world.junk(random.Random(i), reason, i)
-            assert clean(text)[1] == reason, text
+            assert clean_text(text)[1] == reason, text
 
 
 def test_cleaning_drops_as_many_as_truth_json_says(smoke, texts):
     truth = json.loads((smoke / "truth.json").read_text(encoding="utf-8"))
-    assert Counter(r for r in (clean(t)[1] for t in texts) if r) == truth["clean_planted"]
+    assert Counter(r for r in (clean_text(t)[1] for t in texts) if r) == truth["clean_planted"]
 
 
 def test_cleaning_leaves_every_document_as_it_is(texts, planted):
     """Byte for byte, near copies too: a changed document would no longer be read back."""
     for text in [d.text for d in world.documents(1000, seed=8)] + [texts[i] for i in planted]:
-        assert clean(text) == (text, None, [])
+        assert clean_text(text)[:3] == (text, None, [])
 
 
 def test_an_unknown_size_is_refused(tmp_path):

@@ -1,173 +1,197 @@
-"""Cleaning: edits that make two spellings of one text the same text, and drops with exactly one reason each.
+"""The clean stage: a recipe says which edits change a text and which filters drop it.
 
-`normalise` is idempotent and leaves well-formed English and Chinese prose untouched; both are tested. What the notes'
-own cleaning scripts do wrong is avoided on purpose: a full stop inside 3.14 stays a full stop, blanks between English
-words stay, and full-width punctuation is not flattened by NFKC.
+    text, reason, edited, lang = clean_text("<p>一段文字……</p>", read_recipe("web"))
+
+A recipe is a TOML file (recipes/*.toml, or your own): what it does not name keeps its default, an unknown name is refused.
+The edits stand in edits.py and pii.py, the filters in filters.py; docs/cleaning.md has them all in one table.
 """
-import html
-import re
-import unicodedata
-from collections import Counter
+import functools
+import inspect
+import json
+import math
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
 
-from nanollm.config import UserError
-from nanollm.corpus.io import Quarantine, read_documents, write_row
+import pyarrow as pa
 
-MIN_CHARS = 15                            # the notes' rule; counts every character that is left after the edits
-MAX_MARKUP = 0.5                          # dropped if more than this share of the text was tags and URLs
-MAX_REPEATED = 0.2                        # dropped if more than this share stood in runs of 5 or more punctuation marks
+from nanollm.config import UserError, unknown
+from nanollm.corpus import edits, filters, pii
 
-HAN = "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
-NEWLINE = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
-# Control characters, zero-width and direction marks, byte order marks, and the replacement character of a lost byte.
-INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060\ufeff\ufffd]")
-ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")     # not "x&not"
-
-# Known element names only: "<unk>", "a<b and c>d" and "<3" are text. Attributes need an "=".
-BLOCK = ("address article aside blockquote body br caption dd div dl dt fieldset figcaption figure footer form h1 h2 "
-         "h3 h4 h5 h6 head header hr html li main meta nav ol option p pre section select table tbody td tfoot th "
-         "thead title tr ul")
-INLINE = ("a abbr acronym audio b bdi bdo big button canvas center cite code col del dfn em embed font i iframe img "
-          "input ins kbd label link map mark noscript object param q s samp script small source span strike strong "
-          "style sub sup svg textarea time tt u var video wbr")
-TAG = r"</?(?:{})(?:\s[^<>=]{{0,100}}=[^<>]{{0,500}}|\s*/?)>"
-BLOCK_TAG = re.compile(TAG.format("|".join(BLOCK.split())), re.I)
-INLINE_TAG = re.compile(TAG.format("|".join(INLINE.split())), re.I)
-HIDDEN = re.compile(r"<!--.*?-->|<!doctype[^<>]{0,200}>|<(script|style)\b[^<>]*>.*?</\1\s*>", re.I | re.S)
-
-# A URL ends at a blank, a quote, CJK punctuation or a Chinese character (\S+ would swallow the sentence that follows),
-# and a full stop or bracket at its end belongs to the sentence.
-OUTSIDE = r"\s<>\"'\u2018-\u201d\u3000-\u9fff\uff00-\uffef"
-URL = re.compile(rf" ?(?<![A-Za-z0-9@])(?:https?://|ftp://|www\.)[^{OUTSIDE}]*[^{OUTSIDE}.,;:!?)\]}}]", re.I)
-
-REPEATED = re.compile(r"([。！？!?，,、；;])(?:[ \t]*\1)+")
-DOTS = re.compile(r"\.{4,}|。{2,}|…{3,}")
-NOISE = re.compile(r"[^\w\s]{5,}")
-LONG_BLANK = re.compile("[ \t\u3000]{9,}")                # also keeps tiktoken from a stack overflow on endless blanks
-LINE_END = re.compile("[ \t\u3000]+(?=\n|\\Z)")
-BLANK_LINES = re.compile("\n{4,}")
-
-# ASCII punctuation becomes full-width between two Chinese characters, or between one and the end of its line.
-# "." only at the end: 约翰.史密斯 and 一.背景 are no sentence ends. Brackets only as a pair, both inside Chinese.
-TO_FULL = re.compile(rf"(?<={HAN})([ \t]*)([,!?:;])(?=[ \t]*(?:{HAN}|$))|(?<={HAN})(\.)(?=[ \t]*$)", re.M)
-BRACKETS = re.compile(rf"(?:(?<={HAN})|^)\((?={HAN})([^()\n]*)(?<={HAN})\)(?={HAN}|$)", re.M)
-FULL = str.maketrans(",.!?:;", "，。！？：；")
-# And back between ASCII letters (Hello，world), in 3．14, and in times (12：30). Not between any two digits: in
-# "他考了100，3天后离开" and "从2数到5：2、3、4" the mark parts two clauses.
-TO_ASCII = re.compile(r"(?<=[A-Za-z])[，！？；：](?=[A-Za-z])|(?<=[A-Za-z0-9])．(?=[A-Za-z0-9])"
-                      r"|(?<![0-9])(?:[01]?[0-9]|2[0-4])：[0-5][0-9](?![0-9])")
-ASCII = str.maketrans("，！？；．：", ",!?;.:")
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+EDIT_OPTIONS = {"urls": ("remove", "tag", "off"), "pii": ("mask", "drop", "off")}         # the others: true or false
+EDITS_OFF = ("wiki_marks", "repeated_sentences")          # unless a recipe turns them on
+SHARES_FROM = 100                                         # units below which shares and counts of lines say little
 
 
-def characters(text):
-    """Newlines as \\n, entities decoded, invisible characters off, NFC (not NFKC: that would turn ，！１² into ,!12)."""
-    if "&" in text:
-        text = ENTITY.sub(lambda m: html.unescape(m[0]), text)
-    text = NEWLINE.sub("\n", text).replace("\xa0", " ")   # a no-break blank is a blank
-    return unicodedata.normalize("NFC", INVISIBLE.sub("", text))
+@dataclass(frozen=True)
+class Recipe:
+    """Every setting of the clean stage, as canonical JSON: equal recipes are equal values, may be hashed, pickled and sent
+    to a worker. Made by `read_recipe`."""
+    settings: str
 
 
-def strip_markup(text):
-    """Tags, comments and scripts off; a block tag leaves a line break, so that no two words grow together."""
-    return INLINE_TAG.sub("", BLOCK_TAG.sub("\n", HIDDEN.sub("", text))) if "<" in text else text
+def defaults():
+    """All settings as a dict {"shares_from", "edits": {name: value}, "filters": {name: {"off", thresholds ...}}}, the
+    thresholds read off the signatures of the filters."""
+    on_or_off = {name: EDIT_OPTIONS[name][0] if name in EDIT_OPTIONS else name not in EDITS_OFF for name in edits.EDITS}
+    thresholds = {name: {p.name: json.loads(json.dumps(p.default)) for p in inspect.signature(check).parameters.values()
+                         if p.default is not p.empty} for name, check in filters.FILTERS.items()}
+    return {"shares_from": SHARES_FROM, "edits": on_or_off,
+            "filters": {name: {"off": name in filters.OFF} | values for name, values in thresholds.items()}}
 
 
-def strip_urls(text):
-    return URL.sub("", text) if "://" in text or "www." in text else text
+def read_recipe(name="default", changes=None):
+    """The recipe of recipes/NAME.toml, or of the TOML file NAME, as a Recipe; `changes` is a dict of the same shape, merged
+    over it ({"filters": {"too_short": {"chars": 20}}}).
+
+    Raises UserError for a file that is missing or no TOML, an unknown name or key (naming the nearest valid one), and a
+    value of the wrong type. The list of words that [filters.keywords] path = "FILE" names is read here, one a line.
+    """
+    path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
+    try:
+        with open(path, "rb") as f:
+            given = tomllib.load(f)
+    except OSError as e:
+        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
+        raise UserError(f"recipe {name!r}: cannot read {path.as_posix()} ({e.strerror}); use one of {known}, or the path of a .toml") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"recipe {path.as_posix()} is not a TOML file: {e}") from None
+    words = given.get("filters", {}).get("keywords", {}) if isinstance(given.get("filters"), dict) else {}
+    if isinstance(words, dict) and "path" in words:
+        given["filters"]["keywords"] = {k: v for k, v in words.items() if k != "path"}
+        given["filters"]["keywords"]["words"] = words.get("words", []) + read_words(path.parent / str(words["path"]))
+    settings = merged(defaults(), given, f"recipe {path.name}")
+    settings = merged(settings, changes or {}, "command line")
+    return Recipe(json.dumps(settings, sort_keys=True, ensure_ascii=False))
 
 
-def collapse_punctuation(text):
-    """One mark instead of a run of the same mark; an ellipsis keeps its usual length (... or ……)."""
-    return DOTS.sub(lambda run: {".": "...", "。": "。", "…": "……"}[run[0][0]], REPEATED.sub(r"\1", text))
+def read_words(path):
+    """The lines of a UTF-8 file that are neither blank nor begin with #."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"[filters.keywords] path: cannot read {path.as_posix()}: {e}") from None
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
-def match_punctuation(text):
-    """Full-width marks inside Chinese, ASCII marks inside Latin text and numbers; the rules stand at the patterns."""
-    if text.isascii():
+def merged(base, given, where):
+    """`base` with the values of `given` put in its place, key by key; both nested dicts of the same shape."""
+    result = dict(base)
+    for key, value in given.items():
+        if key not in base:
+            raise unknown(key, list(base), where)
+        if isinstance(base[key], dict):
+            if not isinstance(value, dict):
+                raise UserError(f"{where}: {key} is a table; write [{key}] and its keys below")
+            result[key] = merged(base[key], value, f"{where} [{key}]")
+        else:
+            result[key] = checked(key, value, base[key], where)
+    return result
+
+
+def checked(key, value, default, where):
+    """`value` if it is of the type of `default`; else UserError."""
+    def number(x):
+        return isinstance(x, (int, float)) and not isinstance(x, bool) and 0 <= x < math.inf
+    options = EDIT_OPTIONS.get(key)
+    if isinstance(default, bool):
+        good, wanted = isinstance(value, bool), "true or false"
+    elif isinstance(default, str):
+        good, wanted = value in options, " or ".join(map(repr, options))
+    elif isinstance(default, int):
+        good, wanted = number(value) and value == int(value), "a whole number of at least 0"
+    elif isinstance(default, float):
+        good, wanted = number(value), "a finite number of at least 0"
+    elif key in ("en", "zh"):
+        good = isinstance(value, list) and all(isinstance(p, list) and len(p) == 2 and all(map(number, p)) and p[0] == int(p[0]) >= 1 for p in value)
+        wanted = "a list of [n, share]"
+    else:
+        good, wanted = isinstance(value, list) and all(isinstance(v, str) and v for v in value), "a list of words"
+    if not good:
+        raise UserError(f"{where}: {key} wants {wanted}, got {value!r}")
+    return value
+
+
+@functools.lru_cache(maxsize=32)
+def compiled(recipe):
+    """(edits {name: function}, filters {name: thresholds}, shares_from, drop what holds personal data?) of a Recipe."""
+    settings = json.loads(recipe.settings)
+    steps = {name: edits.EDITS[name] for name, value in settings["edits"].items() if value not in (False, "off")}
+    if settings["edits"]["urls"] == "tag":
+        steps["urls"] = functools.partial(edits.urls, tag="<URL>")
+    drop_pii = settings["edits"]["pii"] == "drop"
+    if drop_pii:
+        del steps["pii"]
+    chosen = {name: {k: v for k, v in table.items() if k != "off"} for name, table in settings["filters"].items() if not table["off"]}
+    return steps, chosen, settings["shares_from"], drop_pii
+
+
+def judge(doc, recipe):
+    """The reason to drop a Doc, or None: "pii" if the recipe says so, else the first filter that holds."""
+    _, chosen, shares_from, drop_pii = compiled(recipe)
+    if drop_pii and pii.mask(doc.text) != doc.text:
+        return "pii"
+    return filters.reason_to_drop(doc, chosen, shares_from)
+
+
+def clean_text(text, recipe=None):
+    """(edited text, reason to drop it or None, names of the edits that changed it, language by script)."""
+    recipe = recipe or read_recipe()
+    result, names = edits.apply(text, compiled(recipe)[0])
+    doc = filters.Doc(result, text, tuple(names))
+    return result, judge(doc, recipe), names, doc.lang
+
+
+def clean_chat(row, recipe):
+    """The same for {"messages": [...]} or {"prompt": [...], "chosen", "rejected"}: (row, text, reason, names, language).
+
+    Every content is edited for itself. A message that is nothing after that drops the row ("empty_message"). The rejected
+    answer is not judged: what is wrong with it is what the pair teaches.
+    """
+    steps, changed = compiled(recipe)[0], set()
+
+    def edit(text):
+        text, names = edits.apply(text, steps)
+        changed.update(names)
         return text
-    text = TO_FULL.sub(lambda m: (m[1] or "") + (m[2] or m[3]).translate(FULL), text)
-    return TO_ASCII.sub(lambda m: m[0].translate(ASCII), BRACKETS.sub(r"（\1）", text))
+    key = "messages" if "messages" in row else "prompt"
+    messages = [m | {"content": edit(m["content"])} for m in row[key]]
+    answers = {side: edit(row[side]) for side in ("chosen", "rejected") if side in row}
+    row, old = row | {key: messages} | answers, [m["content"] for m in row[key]] + [row[k] for k in answers]
+    new = [m["content"] for m in messages] + list(answers.values())
+    names = [name for name in edits.EDITS if name in changed]
+    judged = len(new) - ("rejected" in answers)
+    doc = filters.Doc("\n".join(new[:judged]), "\n".join(old[:judged]), tuple(names))
+    reason = judge(doc, recipe)
+    if not reason and any(not text for text, m in zip(new, messages + [{}, {}]) if m.get("role") != "system"):
+        reason = "empty_message"
+    return row, "\n".join(new), reason, names, doc.lang
 
 
-def tidy_blanks(text):
-    """No blanks at line ends, no endless runs of them, at most two blank lines in a row."""
-    return BLANK_LINES.sub("\n\n\n", LINE_END.sub("", LONG_BLANK.sub(" ", text))).strip()
+def clean(table, cfg):
+    """Stage function: (n rows) -> (n rows), same order, for a Recipe `cfg`.
 
-
-STEPS = {"characters": characters, "markup": strip_markup, "urls": strip_urls,
-         "repeated_punctuation": collapse_punctuation, "punctuation": match_punctuation, "blanks": tidy_blanks}
-
-
-def normalise(text):
-    """All edits, repeated until nothing changes: &amp;lt;b&amp;gt; needs three rounds, clean text one. Idempotent."""
-    while True:
-        new = text
-        for step in STEPS.values():
-            new = step(new)
-        if new == text:
-            return text
-        text = new
-
-
-def visible(text):
-    """Number of characters that are not blank."""
-    return len(text) - sum(map(str.isspace, text))
-
-
-def clean(text, min_chars=MIN_CHARS):
-    """(cleaned text, reason to drop it or None, names of the edits that changed it).
-
-    The first reason that holds is the only one: "empty"; "markup" or "repeated_punctuation" if that was most of the
-    document, or all that made it long enough; "too_short".
+    Sets text, meta (the contents of chats), lang, n_chars, drop_reason (one that is set already stays, and that row is left
+    as it is) and edits (names joined by commas).
     """
-    result = normalise(text)
-    if result == text and len(text) >= min_chars and not NOISE.search(text):      # the usual case, nothing to explain
-        return result, None, []
-    edits, now = [], text
-    for name, step in STEPS.items():
-        before, now = now, step(now)
-        edits += [name] * (now != before)
-    plain = characters(text)
-    bare = strip_urls(strip_markup(plain))
-    total, short = visible(plain), len(result) < min_chars
-    if not total:
-        return result, "empty", edits
-    for reason, gone, limit in (("markup", total - visible(bare), MAX_MARKUP),
-                                ("repeated_punctuation", sum(map(len, NOISE.findall(bare))), MAX_REPEATED)):
-        if gone > limit * total or short and gone and total >= min_chars:
-            return result, reason, edits
-    return result, "too_short" if short else None, edits
-
-
-def clean_corpus(separators, out, min_chars=MIN_CHARS, max_bad=0.01):
-    """Clean the files of `separators` (see io.read_documents) into OUT/documents.jsonl; dropped.jsonl keeps what was
-    dropped, as it was, and quarantine.jsonl what could not be read. Returns the report.
-
-    Raises UserError if more than `max_bad` of the documents or of the files cannot be read, or if nothing is left.
-    """
-    quarantine, dropped, edited, examples = Quarantine(out / "quarantine.jsonl"), Counter(), Counter(), {}
-    seen = kept = changed = chars_in = chars = 0
-    with (open(out / "documents.jsonl", "w", encoding="utf-8", newline="\n") as documents, quarantine.file,
-          open(out / "dropped.jsonl", "w", encoding="utf-8", newline="\n") as drops):
-        for document in read_documents(separators, quarantine):
-            text, reason, edits = clean(document["text"], min_chars)
-            seen, chars_in = seen + 1, chars_in + len(document["text"])
-            if reason:
-                dropped[reason] += 1
-                examples.setdefault(reason, []).extend([document] * (dropped[reason] <= 3))
-                write_row(drops, document | {"reason": reason})
-            else:
-                kept, chars, changed = kept + 1, chars + len(text), changed + bool(edits)
-                edited.update(edits)
-                write_row(documents, document | {"text": text})
-    bad, bad_files = quarantine.counts.total(), len(quarantine.broken_files)
-    if max(bad / max(seen + bad, 1), bad_files / len(separators)) > max_bad:
-        first = quarantine.examples[0]
-        raise UserError(f"{bad:,} of {seen + bad:,} documents and {bad_files} of {len(separators)} files cannot be "
-                        f"read, more than --max_bad {max_bad:g}; the first is {first['file']}:{first['line']}, "
-                        f"{first['reason']} ({first['error']}); all stand in {(out / 'quarantine.jsonl').as_posix()}")
-    assert seen == kept + dropped.total()
-    if not kept:
-        raise UserError(f"--input: none of {seen:,} documents is left after cleaning; dropped: {dict(dropped)}")
-    return {"in": seen + bad, "kept": kept, "chars_in": chars_in, "chars": chars, "changed": changed,
-            "edited": dict(edited), "dropped": dict(dropped), "examples": examples,
-            "quarantined": dict(quarantine.counts), "quarantine_examples": quarantine.examples}
+    texts, metas = table["text"].to_pylist(), table["meta"].to_pylist()
+    before = table["drop_reason"].to_pylist() if "drop_reason" in table.column_names else [None] * len(texts)
+    rows = []
+    for text, meta, reason in zip(texts, metas, before):
+        text = text or ""
+        chat = json.loads(meta) if meta and meta.startswith(('{"messages"', '{"prompt"')) else None
+        if reason:
+            names, lang = [], filters.Doc(text).lang
+        elif chat:
+            chat, text, reason, names, lang = clean_chat(chat, cfg)
+            meta = json.dumps(chat, ensure_ascii=False)
+        else:
+            text, reason, names, lang = clean_text(text, cfg)
+        rows.append((text, meta, lang, len(text), reason, ",".join(names)))
+    kinds = {"text": pa.large_string(), "meta": pa.string(), "lang": pa.string(), "n_chars": pa.int32(), "drop_reason": pa.string(), "edits": pa.string()}
+    for (name, kind), values in zip(kinds.items(), zip(*rows) if rows else [[]] * len(kinds)):
+        column = pa.array(values, kind)
+        at = table.schema.get_field_index(name)
+        table = table.append_column(name, column) if at < 0 else table.set_column(at, name, column)
+    return table

@@ -1,19 +1,14 @@
-"""Reading any corpus as a stream of documents, and the one file format between our own stages.
+"""Raw files as a stream of documents: which files, cut into which tasks, and readers that survive what is broken.
 
-Raw input (.txt .jsonl .json .parquet, each also .gz) comes in through `read_documents`. A row that cannot be read goes
-to quarantine.jsonl with its file, line and reason, and does not stop the stream. Between stages documents live in
-JSONL files of {"id", "text"}, which `Documents` opens as a sequence: readable in any editor, and a document can be
-fetched by its number, so nothing needs the whole corpus in memory.
+.txt .jsonl .json .parquet .csv .warc .wet come in, each also .gz. `plan` cuts the input into tasks that depend on the
+files only, never on the number of workers. `documents` streams one task: what cannot be read goes to a callback with
+its file, line and reason (the driver writes it to quarantine.jsonl), and does not stop the stream.
 """
-import gzip
-import io
 import json
 import os
 import re
 import sys
-import zlib
-from array import array
-from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,11 +16,32 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from nanollm.config import UserError
+from nanollm.corpus import adapters, foreign
+from nanollm.corpus.readers import BROKEN, MAX_LINE, open_bytes, read_json, read_jsonl, read_parquet, read_txt
 
-KINDS = (".txt", ".jsonl", ".json", ".parquet")
-MAX_LINE = 64 << 20                       # bytes; a longer "line" is a binary or a broken file, not a document
-BOM = b"\xef\xbb\xbf"
+KINDS = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".tsv", ".warc", ".wet")
+TASK = 64 << 20                           # bytes of a file that make one task
+MAX_DOCUMENT = 200_000                    # characters; longer documents are cut at line ends, each piece a document
 
+
+@dataclass(frozen=True)
+class Task:
+    """A piece of the input that one worker reads: bytes start..stop of a text file, row groups start..stop of a
+    Parquet file, else the whole file (start 0, stop -1)."""
+    number: int
+    path: str
+    source: str
+    adapter: str                          # "auto", or the name of one of adapters.ADAPTERS
+    sep: str                              # what ends a document in .txt
+    start: int = 0
+    stop: int = -1
+    line: int = 0                         # lines (rows) of the file before `start`
+    bytes: int = 0                        # for the progress bar
+    size: int = 0                         # of the file, and when it was changed: the signature of the input
+    mtime_ns: int = 0
+
+
+# ---- which files, and how they are cut -------------------------------------------------------------------------------
 
 def kind(path):
     """The extension that decides the reader: ".jsonl" for books.jsonl and books.jsonl.gz."""
@@ -39,62 +55,38 @@ def shown(path):
 
 
 def find_files(paths, exclude):
-    """Files and directories -> (readable files, [(skipped file, why)]), in the order given and sorted inside a
-    directory; the order decides which of two duplicates is the first. `exclude` is our own output directory, which may
-    lie inside an input directory; a file named by itself is read wherever it lies. Raises UserError for a path that does not exist, or if nothing is left."""
+    """Files and directories, each perhaps NAME=PATH -> ([(file, source, adapter)], [(skipped file, why)]), in the order
+    given and sorted inside a directory; the order decides which of two duplicates is the first.
+
+    The source of a document is NAME, else the directory that was given, else the file's own name; a NAME that is one of
+    adapters.ADAPTERS also says how its rows are to be read. `exclude` is our own output directory, which may lie inside
+    an input directory; a file named by itself is read wherever it lies. UserError for a path that does not exist, or if
+    nothing is left."""
     files, skipped, seen = [], [], set()
-    for path in map(Path, paths):
+    for word in map(str, paths):
+        name, equals, rest = word.partition("=")
+        named = bool(equals) and re.fullmatch(r"[\w.-]+", name) and not Path(word).exists()
+        path = Path(rest if named else word)
         if not path.exists():
             raise UserError(f"--input: {path} does not exist")
-        for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-            if file.resolve() in seen:
+        adapter = name if named and name in adapters.ADAPTERS else "auto"
+        for file in sorted(p for p in path.rglob("*") if p.is_symlink() or not p.is_dir()) if path.is_dir() else [path]:
+            real = Path(os.path.realpath(file))          # not file.resolve(), which raises where links go in a circle
+            if real in seen:
                 continue
-            seen.add(file.resolve())
-            why = ("lies in --out, our own output" if path.is_dir() and Path(exclude).resolve() in file.resolve().parents else
+            seen.add(real)
+            why = ("lies in --out, our own output" if path.is_dir() and Path(exclude).resolve() in real.parents else
+                   "a link to a directory; name that itself" if file.is_dir() else
                    f"unknown extension (known: {' '.join(KINDS)}, each also .gz)" if kind(file) not in KINDS else
+                   "not a regular file" if not file.is_file() else
                    "empty file" if file.stat().st_size == 0 else None)
-            skipped.append((file, why)) if why else files.append(file)
+            stem = Path(file.stem).stem if file.suffix.lower() == ".gz" else file.stem
+            source = name if named else shown(path.resolve().name) if path.is_dir() else shown(stem)
+            skipped.append((file, why)) if why else files.append((file, source, adapter))
     if not files:
         why = f"; {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
         raise UserError(f"--input: nothing to read in {', '.join(map(str, paths))}{why}")
     return files, skipped
-
-
-class Quarantine:
-    """Rows that could not be read: written to a JSONL file of {"file", "line", "reason", "error", "head"}, counted."""
-
-    def __init__(self, path):
-        self.file = open(path, "w", encoding="utf-8", newline="\n")
-        self.counts, self.examples, self.broken_files = Counter(), [], set()
-
-    def add(self, file, line, reason, head=b"", error=""):
-        """`line` counts from 1 (rows in .json and .parquet; 0 is the file itself); `head`: the raw start of the row."""
-        row = {"file": file, "line": line, "reason": reason, "error": str(error),
-               "head": head[:200].decode("utf-8", "backslashreplace")}
-        write_row(self.file, row)
-        self.counts[reason] += 1
-        self.examples += [row] * (len(self.examples) < 3)
-        if reason == "unreadable_file":
-            self.broken_files.add(file)
-
-
-def open_bytes(path):
-    """(raw file, stream of its uncompressed bytes); the raw one tells how far we are."""
-    raw = open(path, "rb")
-    return raw, gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw
-
-
-def numbered_lines(stream, file, quarantine):
-    """(number, bytes) of each line. Split at b"\\n" only: str.splitlines would cut a JSON row at U+2028 or U+0085."""
-    number = 0
-    while raw := stream.readline(MAX_LINE):
-        number += 1
-        if len(raw) < MAX_LINE or raw.endswith(b"\n"):
-            yield number, raw.removeprefix(BOM) if number == 1 else raw
-            continue
-        quarantine.add(file, number, "line_too_long", raw, f"over {MAX_LINE >> 20} MiB")
-        while (raw := stream.readline(MAX_LINE)) and not raw.endswith(b"\n"):
-            pass
 
 
 def choose_separator(path, doc_sep):
@@ -105,118 +97,121 @@ def choose_separator(path, doc_sep):
     raw, stream = open_bytes(path)
     with raw:
         try:
+            ended = True                                 # a line over MAX_LINE comes in pieces, and the last may be blank
             while line := stream.readline(MAX_LINE):
                 if line.strip() and blank:
                     return "blank"
-                text, blank = text or bool(line.strip()), text and not line.strip()
-        except (EOFError, OSError, zlib.error):          # a broken .gz: the reader will report it
+                text, blank, ended = text or bool(line.strip()), text and ended and not line.strip(), line.endswith(b"\n")
+        except (*BROKEN, OSError):                       # the reader will report it
             pass
     return "line"
 
 
-def read_txt(stream, file, sep, quarantine):
-    """(line of its start, {"text"}) of each document; decoded one by one, so that a bad byte costs one document."""
-    start, block = 1, []
+def cuts(path, size, step, at_blank):
+    """[(byte, lines before it)] where the tasks of an uncompressed text file begin: the first line after each `step`
+    bytes (the first after a blank line, where those part the documents)."""
+    found, lines = [(0, 0)], 0
+    with open_bytes(path)[0] as f:
+        while f.tell() + step < size:
+            left = step
+            while left:
+                block = f.read(min(left, 1 << 22))
+                left, lines = left - len(block), lines + block.count(b"\n")
+            whole = block.endswith(b"\n")                # else the next piece is the end of a line, blank or not
+            while line := f.readline(MAX_LINE):
+                lines += line.endswith(b"\n")
+                if line.endswith(b"\n") and (not at_blank or whole and not line.strip()):
+                    break
+                whole = line.endswith(b"\n")
+            if f.tell() < size:
+                found.append((f.tell(), lines))
+    return found
 
-    def document():
-        data = b"".join(block).strip(b"\r\n")
-        block.clear()
+
+def plan(files, doc_sep="auto", step=TASK):
+    """[(file, source, adapter)] -> list of Task. Only plain .jsonl and .txt and Parquet files can be entered in the
+    middle; every other file is one task."""
+    tasks = []
+    for path, source, adapter in files:
+        stat, suffix = path.stat(), kind(path)
+        whole = Task(0, str(path), source, adapter, choose_separator(path, doc_sep), bytes=stat.st_size, size=stat.st_size,
+                     mtime_ns=stat.st_mtime_ns)
+        pieces = [whole]
+        if suffix in (".jsonl", ".txt") and path.suffix.lower() != ".gz" and whole.sep != "file" and stat.st_size > step:
+            begins = cuts(path, stat.st_size, step, suffix == ".txt" and whole.sep == "blank")
+            ends = [byte for byte, _ in begins[1:]] + [stat.st_size]
+            pieces = [replace(whole, start=a, stop=b, line=n, bytes=b - a) for (a, n), b in zip(begins, ends)]
+        elif suffix == ".parquet" and path.suffix.lower() != ".gz":
+            pieces = row_group_tasks(whole, step)
+        tasks += pieces
+    return [replace(task, number=i) for i, task in enumerate(tasks)]
+
+
+def row_group_tasks(whole, step):
+    """Whole row groups of a Parquet file, as many as come to `step` bytes."""
+    try:
+        meta = pq.ParquetFile(whole.path).metadata
+    except (pa.ArrowException, OSError):                 # the reader will report it
+        return [whole]
+    pieces, begin, rows, size, before = [], 0, 0, 0, 0
+    for i in range(meta.num_row_groups):
+        size, rows = size + meta.row_group(i).total_byte_size, rows + meta.row_group(i).num_rows
+        if size >= step or i == meta.num_row_groups - 1:
+            pieces.append(replace(whole, start=begin, stop=i + 1, line=before, bytes=size))
+            begin, before, size = i + 1, rows, 0
+    return pieces or [whole]
+
+
+# ---- one task as documents -------------------------------------------------------------------------------------------
+
+def rows(task, bad, moved=lambda position: None):
+    """(line, row) of each row of `task`; moved(bytes read so far) now and then, for the progress bar."""
+    suffix = kind(task.path)
+    if suffix == ".parquet":
+        yield from read_parquet(task.path, bad, task.start, task.stop, task.line)
+        return
+    raw, stream = open_bytes(task.path)
+    with raw:
         try:
-            return [(start, {"text": data.decode("utf-8")})]
-        except UnicodeDecodeError as e:
-            quarantine.add(file, start, "not_utf8", data, f"{e}; convert the file to UTF-8")
-            return []
+            raw.seek(task.start)
+            reader = (read_txt(stream, bad, task.sep, task.line, task.stop) if suffix == ".txt" else
+                      read_jsonl(stream, bad, task.line, task.stop) if suffix == ".jsonl" else
+                      read_json(stream, bad) if suffix == ".json" else
+                      foreign.read_csv(stream, bad, "\t" if suffix == ".tsv" else ",") if suffix in (".csv", ".tsv") else
+                      foreign.read_warc(stream, bad))
+            for number, row in reader:
+                yield number, row
+                if number % 256 == 0:
+                    moved(raw.tell() - task.start)
+        except (*BROKEN, UnicodeDecodeError) as e:
+            bad(0, "unreadable_file", b"", f"{e}; the rows before the damage were read")
+        except OSError as e:                             # a disk that fails, a file that vanished
+            raise UserError(f"{shown(task.path)}: {e.strerror or e}") from None
 
-    for number, raw in numbered_lines(stream, file, quarantine):
-        if sep != "file" and not raw.strip():
-            yield from document() if block else []
+
+def documents(task, bad, moved=lambda position: None):
+    """The documents of `task`: {"id": "file:line", "text", "source", "meta", "drop_reason"}; a drop reason is a rule of
+    the source (see adapters). What is no document goes to bad(line, reason, head, error)."""
+    name = shown(task.path)
+    for number, row in rows(task, bad, moved):
+        try:
+            text, meta, reason = adapters.adapt(row, task.adapter)
+        except ValueError as e:
+            bad(number, str(e), json.dumps(row, default=str, ensure_ascii=False).encode("utf-8", "replace"), "")
             continue
-        start = start if block else number
-        block.append(raw)
-        if sep == "line":
-            yield from document()
-    yield from document() if block else []
+        for k, piece in enumerate([text] if meta else pieces(text), 1):
+            yield {"id": f"{name}:{number}" + f"#{k}" * (k > 1), "text": writable(piece), "source": task.source,
+                   "meta": writable(json.dumps(meta, ensure_ascii=False)) if meta else "", "drop_reason": reason}
 
 
-def read_jsonl(stream, file, quarantine):
-    """(line, row) of each JSON line; blank lines are nothing."""
-    for number, raw in numbered_lines(stream, file, quarantine):
-        try:
-            if raw.strip():
-                yield number, json.loads(raw.decode("utf-8"))
-        except (ValueError, RecursionError) as e:         # ValueError: also a number of 5,000 digits
-            quarantine.add(file, number, "not_utf8" if isinstance(e, UnicodeDecodeError) else "broken_json", raw, e)
-
-
-def read_json(stream, file, quarantine):
-    """(row number, row) of a JSON list, read whole. Many ".json" files are really JSON lines, and read as such."""
-    data = stream.read().removeprefix(BOM)
-    try:
-        if data.lstrip().startswith(b"["):
-            yield from enumerate(json.loads(data.decode("utf-8")), start=1)
-        else:
-            yield from read_jsonl(io.BytesIO(data), file, quarantine)
-    except (ValueError, RecursionError) as e:
-        quarantine.add(file, 0, "unreadable_file", data, e)
-
-
-def read_parquet(stream, file, quarantine):
-    """(row number, {"text"}) of each row; only the text column is read, 1,024 rows at a time."""
-    try:
-        table = pq.ParquetFile(io.BytesIO(stream.read()) if isinstance(stream, gzip.GzipFile) else stream)
-        names = table.schema_arrow.names
-        if "text" not in names:                           # iter_batches would yield empty batches without a word
-            raise UserError(misplaced(names, file) or f"--input: {file} has no column \"text\", only "
-                            f"{', '.join(names)}; rename the one that holds the documents")
-        number = 0
-        for batch in table.iter_batches(batch_size=1024, columns=["text"]):
-            for number, text in enumerate(batch.column(0).to_pylist(), start=number + 1):
-                yield number, {"text": text}
-    except (pa.ArrowException, OSError) as e:
-        quarantine.add(file, 0, "unreadable_file", error=e)
-
-
-def misplaced(keys, file):
-    """The sentence for a file of chats or of preference pairs that was given as a corpus, or None."""
-    if {"chosen", "rejected"} <= set(keys):
-        return f"--input: {file} holds preference pairs, not documents: give it to train_rm.py or train_dpo.py"
-    if set(keys) & {"messages", "conversations", "conversation", "instruction", "prompt"}:
-        return f"--input: {file} is an SFT file (chats), not documents: give it to train_sft.py"
-
-
-def fault(row):
-    """Why a row is no document, or None."""
-    if not isinstance(row, dict):
-        return "not_an_object"
-    text = row.get("text")
-    return "missing_text" if text is None else None if isinstance(text, str) else "text_not_a_string"
-
-
-def read_documents(separators, quarantine):
-    """Stream {"id", "text"} from the files of `separators`, a dict {path: what ends a document, for .txt}; the id is
-    "file:line". What cannot be read goes to `quarantine`. Raises UserError for a chat or preference file."""
-    sizes = {path: path.stat().st_size for path in separators}
-    bar, done = progress(total=sum(sizes.values()), unit="B", unit_scale=True, desc="clean"), 0
-    for path, sep in separators.items():
-        file, good = shown(path), 0
-        raw, stream = open_bytes(path)
-        reader = {".parquet": read_parquet, ".json": read_json, ".jsonl": read_jsonl}.get(kind(path))
-        rows = reader(stream, file, quarantine) if reader else read_txt(stream, file, sep, quarantine)
-        with raw:
-            try:
-                for number, row in rows:
-                    if reason := fault(row):
-                        if not good and isinstance(row, dict) and (sentence := misplaced(row, file)):
-                            raise UserError(sentence)
-                        quarantine.add(file, number, reason, json.dumps(row, default=str).encode())
-                        continue
-                    good += 1
-                    yield {"id": f"{file}:{number}", "text": writable(row["text"])}
-                    bar.update(done + raw.tell() - bar.n)
-            except (EOFError, gzip.BadGzipFile, zlib.error) as e:
-                quarantine.add(file, 0, "unreadable_file", error=f"{e}; documents read before the damage: {good}")
-        done += sizes[path]
-    bar.close()
+def pieces(text, limit=MAX_DOCUMENT):
+    """A long text cut at line ends (where there are none: anywhere), at most `limit` characters each."""
+    start = 0
+    while len(text) - start > limit:
+        cut = text.rfind("\n", start + 1, start + limit) + 1 or start + limit
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
 
 
 def writable(text):
@@ -232,31 +227,3 @@ def progress(iterable=None, **options):
     """A tqdm bar on stderr with rate and ETA; every half minute where nobody watches (a log file)."""
     interval = 0.2 if sys.stderr.isatty() else 30
     return tqdm(iterable, leave=False, mininterval=interval, maxinterval=interval, delay=interval, **options)
-
-
-class Documents:
-    """A JSONL file of {"id", "text"} as a sequence; only the line offsets (8 bytes a document) are in memory."""
-
-    def __init__(self, path):
-        self.path, self.offsets, position = Path(path), array("Q"), 0
-        if not self.path.is_file():
-            raise UserError(f"{path} is not a file; `prepare_data.py clean` makes it from raw files")
-        self.file = open(self.path, "rb")
-        for line in self.file:
-            if line.strip():
-                self.offsets.append(position)
-            position += len(line)
-        if not self.offsets:
-            raise UserError(f"{path} holds no documents")
-
-    def __len__(self):
-        return len(self.offsets)
-
-    def __getitem__(self, i):
-        self.file.seek(self.offsets[i])                   # beyond the end: IndexError, which ends a for loop
-        try:
-            row = json.loads(self.file.readline())
-            return {"id": str(row.get("id", i + 1)), "text": writable(row["text"])}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{self.path}: document {i + 1} is not a line of {{\"text\": \"…\"}}; give raw files to "
-                            "`prepare_data.py clean`") from None
