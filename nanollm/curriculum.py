@@ -147,7 +147,8 @@ def order_of(data, words):
     if order_path(data, measure).exists():
         order = load_order(order_path(data, measure), data)
     elif measure == "model":
-        raise UserError(f"--curriculum model needs {order_path(data, measure)}: score the rows with a trained model first")
+        raise UserError(f"--curriculum model needs {order_path(data, measure)}: make it with `python -m nanollm.tools.difficulty "
+                        f"--data {data.directory} --rows {data.rows} --max_seq_len {data.T} --difficulty model --init_from RUN`")
     else:
         order = easiest_first(difficulty(data, measure))
     return order[::-1] if hardest else order

@@ -119,10 +119,10 @@ def open_tokens(directory, split):
         shards = [(directory / s["file"], s["n_tokens"], s["n_docs"]) for s in shards]
         found = [(path.stat().st_size, np.fromfile(path.with_suffix(".idx"), "<u8").astype(np.int64)) for path, _, _ in shards]
     except FileNotFoundError as e:
-        bare = (directory / f"{split}.bin").is_file() and not sidecar.exists()
+        bare = f". {split}.bin alone does not say what its bytes are: tell it with `python -m nanollm.tools.describe --data {directory}`"
         raise UserError(f"--data {directory} has no {split} token file ({Path(e.filename).name} is missing); make it with `python prepare_data.py "
-                        f"build --input YOUR_TEXT --out {directory}`, or `bash runs/speedrun.sh` for the demo" + bare *
-                        f". {split}.bin alone does not say what its bytes are: nanollm.corpus.pack.describe writes its {split}.json") from None
+                        f"build --input YOUR_TEXT --out {directory}`, or `bash runs/speedrun.sh` for the demo"
+                        + (bare if (directory / f"{split}.bin").is_file() and not sidecar.exists() else "")) from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{sidecar} does not describe a token file; make it again with prepare_data.py") from None
     arrays, ends, first = [], [], 0
