@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 from nanollm import config
 from nanollm.config import UserError, arg
+from nanollm.corpus.driver import peak_rss_mb
 
 BAIKE = 5_634_898                         # documents of the notes' corpus
 
@@ -65,9 +65,9 @@ def texts_of(path, n=None):
 
 def _child(function, args, pipe):
     function.__globals__["IMPORTS"][function.__name__]() if function.__name__ in IMPORTS else None
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    before = peak_rss_mb()
     report = function(*args)
-    report["mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+    report["mb"] = peak_rss_mb() - before
     pipe.send(report)
 
 
