@@ -284,14 +284,6 @@ class StreamDecoder:
 
 # ---- looking at a tokenizer ------------------------------------------------------------------------------------------
 
-def compression(tok, texts):
-    """How much text a token carries; never compare a loss per token across tokenizers without it."""
-    texts = list(texts)
-    tokens = max(1, sum(map(len, tok.encode_batch(texts))))
-    return {"bytes_per_token": sum(len(no_surrogates(t).encode("utf-8")) for t in texts) / tokens,
-            "chars_per_token": sum(map(len, texts)) / tokens}
-
-
 def language(text):
     """"zh" if at least a third of its letters are Han characters, else "en": enough to split a report by script."""
     letters = len(regex.findall(r"\p{L}", text))
