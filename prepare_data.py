@@ -23,12 +23,12 @@ import shutil
 import sys
 from pathlib import Path
 
-from nanollm import config, tokenizer as tokenizers
+from nanollm import config, foreign_tokenizers, tokenizer as tokenizers
 from nanollm.config import UserError
 from nanollm.corpus import (adapters, bpe, clean as cleaning, compare as comparing, decontaminate as decontamination,
                             dedup as deduplication, driver, edits, filters, foreign, io, lm, minhash, on_ray, outliers as outlying, pack,
                             parts, passes, pii, readers, score as scoring,
-                            sentences as sentence_dedup, soft, train_tokenizer as training)
+                            sentences as sentence_dedup, soft, train_tokenizer as training, wordpiece)
 from nanollm.corpus.parts import Parts
 from nanollm.corpus.stage import stage
 from nanollm.corpus.options import (Build, Clean, Compare, Decontaminate, Dedup, Demo, Export, Outliers, Score, Sentences, Stage,
@@ -204,7 +204,7 @@ def tokenizer(cfg):
             print(f"    {name}: {c['bytes_per_token']:.2f} bytes, {c['chars_per_token']:.2f} characters a token")
         return {"kind": tok.kind, "vocab_size": tok.vocab_size, "hash": tok.hash, **carried.pop("all"), **carried}
     settings = {"tokenizer": given.hash} if given else settings_of(cfg)
-    stage(cfg, "tokenizer", documents, settings, [tokenizers, training, bpe], work)
+    stage(cfg, "tokenizer", documents, settings, [tokenizers, foreign_tokenizers, training, bpe, wordpiece], work)
 
 
 def compare(cfg):
