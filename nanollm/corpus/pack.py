@@ -45,13 +45,9 @@ def token_dtype(vocab_size):
 
 
 def content_hash(text):
-    """The first 64 bits of blake2b of the text: the same in every process, as hash() is not."""
+    """The first 64 bits of blake2b of the text, by which documents are held out: one keeps its side when the corpus grows, and
+    equal texts are never on both. The same in every process, as hash() is not."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
-
-
-def in_validation(text, fraction):
-    """Split by the content: a document keeps its side when the corpus grows, and equal texts are never on both."""
-    return content_hash(text) < fraction * 2 ** 64
 
 
 @contextlib.contextmanager
