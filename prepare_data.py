@@ -196,6 +196,9 @@ def tokenizer(cfg):
         tok = given or training.train_tokenizer(cfg.kind, texts, cfg.vocab_size, cfg.han_run, cfg.sample_mb << 20,
                                                 lambda line: print("  " + line.removeprefix("tokenizer: ")))
         tok.save(out)
+        if tok.kind == "bpe":                             # the same tokenizer for Hugging Face's and tiktoken's libraries
+            files = foreign_tokenizers.hf_files(tok, tokenizers.CHAT_TEMPLATE), foreign_tokenizers.vocab_and_merges(tok), foreign_tokenizers.tiktoken_files(tok)
+            foreign_tokenizers.write_files(out / "export", files[0] | files[1] | files[2])
         some = list(documents.sample(2000))
         row, = comparing.compare({"": tok}, {"all": some} | comparing.by_language(some))
         print(f"  {tok.kind}, {tok.vocab_size:,} ids")

@@ -79,6 +79,19 @@ def test_token_files_decode_to_the_deduplicated_documents(demo):
     assert sorted(back) == sorted(parts.Parts(demo / "data" / "dedup").texts())
 
 
+def test_the_tokenizer_is_exported_for_other_libraries(demo):
+    """OUT/tokenizer/export holds Hugging Face's file and tiktoken's ranks; both give our ids."""
+    import tiktoken
+    from tiktoken.load import load_tiktoken_bpe
+    from tokenizers import Tokenizer
+    out, text = demo / "data" / "tokenizer", "Anna has 3 cats. 小明住在公园里！\n\n  两只 dogs…"
+    ours = tokenizers.load(out).encode(text)
+    assert Tokenizer.from_file(str(out / "export" / "tokenizer.json")).encode(text).ids == ours
+    ranks = load_tiktoken_bpe(str(out / "export" / "ranks.tiktoken"))
+    settings = json.loads((out / "export" / "ranks.json").read_text(encoding="utf-8"))
+    assert tiktoken.Encoding(**settings, mergeable_ranks=ranks).encode_ordinary(text) == ours
+
+
 def test_every_removal_is_as_similar_as_it_says(demo):
     """Checked on the texts themselves, with sets of strings; blanks, case and punctuation do not count."""
     texts = {row["id"]: row["text"] for t in parts.Parts(demo / "data" / "clean").tables(["id", "text"]) for row in t.to_pylist()}

@@ -10,12 +10,11 @@ renamed: a pass that was finished is not done again. What is gathered adds up, s
 """
 import json
 import os
-from functools import partial, reduce
-from pathlib import Path
+from dataclasses import replace
+from functools import reduce
 
 import numpy as np
 
-from nanollm.config import UserError
 from nanollm.corpus import decontaminate, dedup, lm, ngrams, outliers, parts, sentences, simhash, soft
 
 GROUPS = 16                               # a pass is cut into so many pieces of work; each holds one result in memory
@@ -56,6 +55,11 @@ def add(a, b):
     return a + b
 
 
+def characters_of(source):
+    """Characters of the whole corpus, by the stage's report."""
+    return parts.read_report(source.directory)["chars"]
+
+
 # ---- outliers --------------------------------------------------------------------------------------------------------
 
 def count_table(table, share):
@@ -64,8 +68,8 @@ def count_table(table, share):
 
 def outlier_steps(source, work, cfg, run):
     """The step of the stage outliers for the options `cfg`: first the language model, then the histograms."""
-    chars = sum(int(n) for table in source.tables(["n_chars"]) for n in table["n_chars"].to_numpy())
-    model = gathered(work / "lm.npz", lambda: fold(source, count_table, lm.merge, lm.share_for(chars), run, "language model"), lm.save)
+    share = lm.share_for(characters_of(source))
+    model = gathered(work / "lm.npz", lambda: fold(source, count_table, lm.merge, share, run, "language model"), lm.save)
     base = outliers.Outliers(lm=model, sigmas=cfg.sigmas, high=cfg.ppl_high, low=cfg.ppl_low, order=cfg.order)
     stats = gathered(work / "stats.json", lambda: fold(source, outliers.measure, outliers.merge, base, run, "measure"), save_json)
     return [(outliers.outliers, outliers.Outliers(lm=model, stats=stats, sigmas=cfg.sigmas, high=cfg.ppl_high, low=cfg.ppl_low, order=cfg.order))]
@@ -135,6 +139,15 @@ def nearest_neighbours(source, work, cfg, run):
     return soft.nearest_earlier(pairs, cosine, len(source))
 
 
+def count_ngrams(item):
+    """(some parts, cfg): the n-gram tables of all of them, in one array."""
+    counts, (some, cfg) = None, item
+    for path, first in some:
+        for table in parts.read_tables(path, first):
+            counts = soft.count_ngrams(table, cfg, counts)
+    return counts
+
+
 def commonness_values(table, cfg):
     return soft.commonness(table, cfg)["commonness"].to_numpy()
 
@@ -149,10 +162,13 @@ def weigh_steps(source, work, cfg, run):
         nearest = gathered(work / "nearest.npy", lambda: nearest_neighbours(source, work, cfg, run), save_array)
         steps = [(soft.weigh_nearest, soft.Soft(nearest=nearest, seed=cfg.seed))]
     else:
-        counts = gathered(work / "counts.npy", lambda: fold(source, soft.count_ngrams, add, soft.Soft(), run, "n-grams"), save_array)
-        first = soft.Soft(counts=counts)
+        base = soft.Soft(sample=min(1.0, 2 ** soft.Soft.bits / 5 / max(characters_of(source), 1)), seed=cfg.seed)      # tables stay a fifth full
+        files = [(path, int(first)) for path, first, rows in zip(source.paths, source.first, source.rows) if rows]
+        counts = gathered(work / "counts.npy", lambda: reduce(add, run(count_ngrams, [(files[i::2], base) for i in range(min(2, len(files)))],
+                                                                      "n-grams")), save_array)
+        first = replace(base, counts=counts)
         buckets = gathered(work / "buckets.npz", lambda: fold(source, commonness_values, joined, first, run, "commonness"),
-                           lambda values, path: soft.save_buckets(values, path, largest=1.0 if cfg.thin else None))
-        both = soft.Soft(counts=counts, buckets=buckets, seed=cfg.seed)
+                           lambda values, path: soft.save_buckets(values, path, largest=1.0 if cfg.thin else 0.0))
+        both = replace(first, buckets=buckets)
         steps = [(soft.commonness, both), (soft.weigh_commonness, both)]
     return steps + [(soft.thin, soft.Soft(seed=cfg.seed))] * cfg.thin

@@ -159,17 +159,18 @@ def commonness(table, cfg):
     return columns.with_column(table, "commonness", commonness_of(texts, counts, sampled(table, cfg)), pa.float32())
 
 
-def save_buckets(values, out, buckets=20, ratio=10.0):
+def save_buckets(values, out, buckets=20, ratio=10.0, largest=0.0):
     """Write {"edges", "weights"} of the commonness `values` (D,) of a corpus to the .npz file `out`.
 
     Buckets of equal size by quantiles; the weight is proportional to 1 / mean p of the bucket, the largest at most `ratio`
-    times the smallest, and 1 on the average over documents, so that the corpus keeps its size.
+    times the smallest, and 1 on the average over documents, so that the corpus keeps its size; or at most `largest`, if
+    given: with 1, `thin` never repeats a document.
     """
     values = np.sort(np.asarray(values, dtype=np.float64))
     parts = np.array_split(values, min(buckets, len(values)))
     means = np.maximum([part.mean() for part in parts], 1e-30)
     weights = np.clip(np.median(means) / means, ratio**-0.5, ratio**0.5)
-    weights /= np.average(weights, weights=[len(part) for part in parts])
+    weights /= weights.max() / largest if largest else np.average(weights, weights=[len(part) for part in parts])
     np.savez(out, edges=np.array([part[0] for part in parts[1:]], dtype=np.float32), weights=weights)
 
 
