@@ -299,3 +299,96 @@ def test_the_command_line_works_in_a_c_locale(tmp_path):
     assert result.returncode == 0 and "kept 300" in result.stdout.decode("utf-8"), result.stderr
     assert "tokenize" in shell("--help").stdout.decode("utf-8")
     assert "--vocab_size" in shell("build", "--help").stdout.decode("utf-8")
+
+
+# ---- the stages that need the whole corpus ----------------------------------------------------------------------------
+
+WORDS = "the of and to in is it cat dog house river green old new runs sleeps under over bread water morning teacher window road".split()
+HAN = "的一是在了不和有大这主中人上为们地个用工时要动国产以我到他会作来分生对于学下级就年小公园苹果老师车站"
+
+
+def prose(rng, n=40):
+    """A paragraph that no rule objects to, English or Chinese, unlike any other."""
+    if rng.random() < 0.5:
+        return " ".join((" ".join(rng.choices(WORDS, k=9)) + ".").capitalize() for _ in range(n // 4))
+    return "".join("".join(rng.choices(HAN, k=12)) + "。" for _ in range(n // 2))
+
+
+def test_repeated_lines_stay_in_the_first_document_only(tmp_path):
+    """`sentences`: a notice that stands in 12 documents is cut from 11, and nothing else is."""
+    rng, notice = random.Random(1), "版权所有，未经许可不得转载，本站保留全部权利，联系编辑部请写信到本站信箱。"
+    texts = [prose(rng) + (f"\n{notice}" if i % 5 == 0 else "") for i in range(60)]
+    assert run("sentences", "--input", corpus(tmp_path / "raw.jsonl", texts), "--out", tmp_path / "out") == 0
+    left = list(parts.Parts(tmp_path / "out" / "sentences").texts())
+    assert left == [texts[0], *[t.removesuffix(f"\n{notice}") for t in texts[1:]]]
+
+
+@pytest.mark.parametrize("by", ["tfidf", "commonness"])
+def test_what_is_like_others_weighs_less_and_is_thinned(tmp_path, by):
+    """`weigh`: of 40 copies of one text with a change each most go, of 60 texts of their own hardly any; without --thin all stay."""
+    rng = random.Random(2)
+    base = [prose(rng, 60) for _ in range(60)]
+    texts = base + [base[0][:-20] + prose(rng, 8)[:20] for _ in range(40)]
+    raw = corpus(tmp_path / "raw.jsonl", texts)
+    assert run("weigh", "--input", raw, "--out", tmp_path / "out", "--by", by) == 0
+    left = set(parts.Parts(tmp_path / "out" / "weigh").texts())
+    assert len(left & set(texts[60:])) < 25 and (by == "commonness" or len(left & set(base)) > 55)
+    assert run("weigh", "--input", raw, "--out", tmp_path / "all", "--by", by, "--no_thin") == 0
+    rows = [row for t in parts.Parts(tmp_path / "all" / "weigh").tables(["weight"]) for row in t["weight"].to_pylist()]
+    assert len(rows) == 100 and np.mean(rows[60:]) < np.mean(rows[:60])
+
+
+def test_noise_is_an_outlier_by_its_perplexity(tmp_path):
+    """`outliers`: of 300 documents 3 are random characters; just these have a perplexity above the 99th percentile."""
+    rng = random.Random(3)
+    texts = [prose(rng) for _ in range(300)]
+    for i in (50, 150, 250):
+        texts[i] = "".join(chr(rng.randrange(0x4E00, 0x9FFF)) for _ in range(240))
+    assert run("outliers", "--input", corpus(tmp_path / "raw.jsonl", texts), "--out", tmp_path / "out", "--sigmas", 0, "--ppl_low", 0) == 0
+    gone = parts.dropped(tmp_path / "out" / "outliers")
+    assert {int(row["id"].rsplit(":", 1)[1]) - 1 for row in gone} == {50, 150, 250} and {r["drop_reason"] for r in gone} == {"perplexity_high"}
+
+
+def test_an_exam_question_is_found_in_the_corpus_and_cut_out(tmp_path, capsys):
+    """`decontaminate`: with other case, blanks and punctuation; the report names the test, and what is left lacks the question."""
+    rng = random.Random(4)
+    (tmp_path / "exam.csv").write_text(",Question,A,B,C,D,Answer\n0,在标准大气压下把两千克的水从二十度加热到沸腾需要多少热量,一,二,三,四,B\n"
+                                       "1,Which of the seven rivers of the old country runs north through the green valley,Ada,Bel,Cor,Dun,A\n", encoding="utf-8")
+    texts = [prose(rng, 120) for _ in range(30)]
+    texts[7] = texts[7] + "在 标准大气压下，把两千克的水从二十度加热到沸腾，需要多少热量？" + texts[8]
+    texts[9] = texts[9] + " WHICH of the seven rivers of the old country runs north, through the green valley? " + texts[10]
+    assert run("decontaminate", "--input", corpus(tmp_path / "raw.jsonl", texts), "--out", tmp_path / "out", "--eval_data", tmp_path / "exam.csv") == 0
+    left = list(parts.Parts(tmp_path / "out" / "decontaminate").texts())
+    assert "exam: 2 of 2 items found" in capsys.readouterr().out
+    assert not any("沸腾" in t or "seven rivers" in t for t in left) and sum(a == b for a, b in zip(left, texts)) == 28
+
+
+def test_a_score_of_your_own_decides(tmp_path):
+    """`score`: a function of a file of yours fills the column quality, and documents below --threshold go."""
+    (tmp_path / "mine.py").write_text("def english(text):\n    return float(text.isascii())\n", encoding="utf-8")
+    rng = random.Random(5)
+    texts = [prose(rng) for _ in range(40)]
+    assert run("score", "--input", corpus(tmp_path / "raw.jsonl", texts), "--out", tmp_path / "out", "--scorer", f"{tmp_path / 'mine.py'}:english",
+               "--select", "threshold") == 0
+    assert list(parts.Parts(tmp_path / "out" / "score").texts()) == [t for t in texts if t.isascii()]
+
+
+def test_chats_and_pairs_come_out_as_they_went_in(tmp_path):
+    """clean and dedup look at their text, `export` gives them back in the form that train_sft.py and train_dpo.py read."""
+    rng = random.Random(6)
+    chats = [{"conversations": [{"from": "human", "value": f"问题{i}：" + prose(rng, 8)}, {"from": "gpt", "value": prose(rng)}]} for i in range(20)]
+    pairs = [{"prompt": f"Question {i}? " + prose(rng, 8), "chosen": prose(rng), "rejected": prose(rng)} for i in range(10)]
+    raw = tmp_path / "mixed.jsonl"
+    raw.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*chats, *pairs, chats[3]]), encoding="utf-8")
+    assert run("clean", "--input", raw, "--out", tmp_path / "out", "--recipe", "chat") == 0 and run("dedup", "--out", tmp_path / "out") == 0
+    assert run("export", "--out", tmp_path / "out") == 0
+    rows = [json.loads(line) for line in (tmp_path / "out" / "dedup" / "documents.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["messages"][1]["content"] for row in rows[:20]] == [chat["conversations"][1]["value"] for chat in chats]
+    assert [(row["prompt"][0]["content"], row["chosen"], row["rejected"]) for row in rows[20:]] == [tuple(pair.values()) for pair in pairs]
+
+
+def test_a_stage_made_from_what_has_changed_since_is_not_read(tmp_path, capsys):
+    """clean anew with other input, then tokenizer: dedup is of yesterday's documents, and that is said."""
+    assert run("clean", "--input", corpus(tmp_path / "a.jsonl"), "--out", tmp_path / "out") == 0 and run("dedup", "--out", tmp_path / "out") == 0
+    assert run("clean", "--input", corpus(tmp_path / "b.jsonl", SENTENCES[:100]), "--out", tmp_path / "out") == 0
+    assert run("tokenizer", "--out", tmp_path / "out", "--vocab_size", 400) == 2 and "prepare_data.py dedup" in capsys.readouterr().err
