@@ -53,7 +53,8 @@ def ppl(cfg, model, tok):
         data = TokenFile(path, cfg.split, model.args.max_seq_len, "documents", tok.hash)
     else:
         unread, tasks = Counter(), io.plan(io.find_files([path], exclude=os.devnull)[0])
-        data = [row["text"] for task in tasks for row in io.documents(task, lambda line, reason, *rest: unread.update([reason]))]
+        rows = (row for task in tasks for row in io.documents(task, lambda line, reason, *rest: unread.update([reason])))
+        data = [row["text"] for row in rows if not row["drop_reason"]]
         if bad := unread.total():
             print(f"set aside {bad} of {bad + len(data)} rows: {dict(unread)}")
         if bad > cfg.max_bad * (bad + len(data)):

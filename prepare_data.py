@@ -1,39 +1,40 @@
-"""Raw text -> clean -> deduplicate -> tokenizer -> token files.
+"""Raw files -> clean -> deduplicate -> tokenizer -> token files.
 
     python prepare_data.py build --input books/ news.jsonl.gz baike=563w_baidubaike.json --out out/mydata --vocab_size 6400
 
-reads .txt, .jsonl, .json, .parquet, .csv, .warc, .wet (each also .gz) or directories of them, and leaves one directory a stage:
+reads .txt .jsonl .json .parquet .csv .tsv .warc .wet (each also .gz) or directories of them, and leaves one directory a
+stage. Each stage is a command of its own and reads the last one before it that is there (`prepare_data.py COMMAND --help`):
 
-    clean/          what is left after edits and filters; a dropped document has one reason        docs/cleaning.md
-    dedup/          without exact and near copies                                                  docs/deduplication.md
-    outliers/       (--outliers) without what the corpus itself finds strange: 3 sigma, perplexity
-    decontaminate/  (--eval_data FILES) without the questions it will be tested on                 docs/decontamination.md
-    score/          (--scorer FILE.py:function) with a quality, and without the worst
-    tokenizer/      tokenizer.json, vocab.txt                                                      docs/tokenizer.md
-    tokens/         train and val token files: what `train_pretrain.py --data` wants               docs/packing.md
+    clean           edits and filters; a dropped document has one reason                        docs/cleaning.md
+    dedup           exact and near copies                                                       docs/deduplication.md
+    sentences       lines that stand in many documents; weigh: copies weigh less (both: if you run them)
+    outliers        what the corpus itself finds strange: 3 sigma, perplexity (if you run it)   docs/cleaning.md
+    decontaminate   the questions of the tests to come (build: with --eval_data)                docs/decontamination.md
+    score           a quality for each document, and without the worst (if you run it)          docs/data.md
+    tokenizer       tokenizer.json, vocab.txt; compare: several side by side                    docs/tokenizer.md
+    tokenize        train and val token files: what `train_pretrain.py --data` wants            docs/packing.md
+    build           clean, dedup, tokenizer, tokenize | demo: the files of the demo world | export: documents as JSON lines
 
 Documents lie in Parquet parts with a JSON sidecar each; report.json and report.html say what happened to them. A run that
-was killed goes on where it was, and a finished stage is skipped. Each stage is a command of its own and reads the last one
-before it that is there (`prepare_data.py COMMAND --help`):
-
-    demo | clean | dedup | outliers | decontaminate | score | tokenizer | compare | tokenize | export | build
+was killed goes on where it was, and a finished stage is skipped.
 """
 import dataclasses
+import os
 import shutil
 import sys
 from pathlib import Path
 
-from nanollm import config, foreign_tokenizers, tokenizer as tokenizers
+from nanollm import config, foreign_tokenizers, sampler, tokenizer as tokenizers
 from nanollm.config import UserError
-from nanollm.corpus import (adapters, bpe, clean as cleaning, compare as comparing, decontaminate as decontamination,
-                            dedup as deduplication, driver, edits, filters, foreign, io, lm, minhash, on_ray, outliers as outlying, pack,
-                            parts, passes, pii, readers, score as scoring,
-                            sentences as sentence_dedup, soft, train_tokenizer as training, wordpiece)
-from nanollm.corpus.parts import Parts
+from nanollm.corpus import adapters, bpe, columns, driver, edits, filters, foreign, io, lm, minhash, ngrams, on_ray, pack, parts, passes, pii
+from nanollm.corpus import clean as cleaning, compare as comparing, decontaminate as decontamination, dedup as deduplication
+from nanollm.corpus import outliers as outlying, readers, score as scoring, sentences as sentence_dedup, simhash, soft, train_tokenizer as training
+from nanollm.corpus import wordpiece
+from nanollm.corpus.options import Build, Clean, Compare, Decontaminate, Dedup, Demo, Export, Outliers, Score, Sentences, Stage, Tokenize, Tokenizer, Weigh
+from nanollm.corpus.parts import Parts, read_report
 from nanollm.corpus.stage import stage
-from nanollm.corpus.options import (Build, Clean, Compare, Decontaminate, Dedup, Demo, Export, Outliers, Score, Sentences, Stage,
-                                    Tokenize, Tokenizer, Weigh)
 
+READING = [io, readers, adapters, foreign, parts]        # the code that decides what a document is
 FLOW = ("score", "decontaminate", "outliers", "weigh", "sentences", "dedup", "clean", "ingest")      # a stage reads the last one that is there
 
 
@@ -48,8 +49,8 @@ def raw_tasks(cfg):
     """The raw files of --input cut into tasks, and what is said about it."""
     if not cfg.input:
         raise UserError("--input: name the raw files or directories to read")
-    one_of(cfg, doc_sep="auto line blank file", runner="local ray")
-    files, skipped = io.find_files(cfg.input, exclude=cfg.out)
+    one_of(cfg, doc_sep="auto line blank file")
+    files, skipped = io.find_files(cfg.input, exclude=getattr(cfg, "out", os.devnull))
     tasks = io.plan(files, cfg.doc_sep)
     for path, sep in {task.path: task.sep for task in tasks}.items():
         print(f"  reading {io.shown(path)}" + f" (--doc_sep {sep})" * (io.kind(path) == ".txt"))
@@ -63,7 +64,7 @@ def source_of(cfg, name):
     one_of(cfg, runner="local ray")
     if cfg.input and not (len(cfg.input) == 1 and (Path(cfg.input[0]) / "report.json").is_file()):
         plain = dataclasses.replace(cfg, shard="0/1")
-        driver.run_stage(plain, "ingest", raw_tasks(cfg), lambda: [], {}, [io, adapters, foreign])
+        driver.run_stage(plain, "ingest", raw_tasks(cfg), lambda: [], {}, READING)
         return Parts(Path(cfg.out) / "ingest")
     before = FLOW[FLOW.index(name) + 1:] if name in FLOW else FLOW
     found = [Path(cfg.out) / s for s in before if (Path(cfg.out) / s / "report.json").is_file()]
@@ -100,17 +101,14 @@ def demo(cfg):
 def clean(cfg):
     """Read raw files, edit the text, and drop what the recipe says."""
     recipe = cleaning.read_recipe(cfg.recipe, {"filters": {"too_short": {"chars": cfg.min_chars}}} if cfg.min_chars else {})
-    report = driver.run_stage(cfg, "clean", raw_tasks(cfg), lambda: [(cleaning.clean, recipe)], {"recipe": recipe.settings},
-                              [io, readers, adapters, foreign, cleaning, edits, filters, pii])
-    if cfg.strict and report and report["quarantined"]:
-        print(f"error: --strict: {sum(report['quarantined'].values()):,} rows could not be read; they stand in "
-              f"{cfg.out}/clean/quarantine.jsonl", file=sys.stderr)
-        sys.exit(3)
+    driver.run_stage(cfg, "clean", raw_tasks(cfg), lambda: [(cleaning.clean, recipe)], {"recipe": recipe.settings},
+                              [*READING, cleaning, edits, filters, pii])
 
 
 def dedup(cfg):
     """Remove exact copies by hash, and near copies: MinHash-LSH candidates, verified by true Jaccard similarity."""
-    settings = deduplication.DedupConfig(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(deduplication.DedupConfig)})
+    settings = deduplication.DedupConfig(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(deduplication.DedupConfig)
+                                            if f.name != "seed"}, seed=cfg.hash_seed)
     deduplication.bands_of(settings)                      # refuses what makes no sense
     source, work = source_of(cfg, "dedup"), Path(cfg.out) / "dedup.work"
     found, (shard, of) = {}, driver.shard_of(cfg.shard)
@@ -127,20 +125,27 @@ def dedup(cfg):
 
     def extra():
         return found | {"largest_clusters": deduplication.largest_clusters(source.paths, work)}
-    report = driver.run_stage(cfg, "dedup", driver.part_tasks(source), steps, settings_of(cfg, source), [deduplication, minhash], extra)
+    report = driver.run_stage(cfg, "dedup", driver.part_tasks(source), steps, settings_of(cfg, source), [deduplication, minhash, simhash], extra)
     if report:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def two_passes(cfg, name, gather, code, after=lambda source, steps: {}):
-    """A stage that sees the whole corpus before it decides: gather(source, work, cfg, run) -> steps. `after` adds to the report."""
-    source, work, made = source_of(cfg, name), Path(cfg.out) / f"{name}.work", []
+def not_in_shards(cfg):
+    if cfg.shard != "0/1":
+        raise UserError("--shard works for clean, score, and the first step of dedup; this stage joins the whole corpus: run it once, "
+                        "or with --runner ray")
 
-    def steps():
-        made.extend(gather(source, work / source.signature, cfg, driver.runner_of(cfg)))
+
+def two_passes(cfg, name, gather, code, after=lambda source, steps: {}, **more):
+    """A stage that sees the whole corpus before it decides: gather(source, work, cfg, run) -> steps. `after` adds to the report."""
+    not_in_shards(cfg)
+    source, work, made = source_of(cfg, name), Path(cfg.out) / f"{name}.work", []
+    settings, code = settings_of(cfg, source, **more), [passes, columns, ngrams, *code]
+
+    def steps():                                          # what was gathered holds for these settings and this code only
+        made.extend(gather(source, work / driver.signature_of(settings, code), cfg, driver.runner_of(cfg)))
         return made
-    report = driver.run_stage(cfg, name, driver.part_tasks(source), steps, settings_of(cfg, source), [passes, *code],
-                              lambda: after(source, made))
+    report = driver.run_stage(cfg, name, driver.part_tasks(source), steps, settings, code, lambda: after(source, made))
     if report:
         shutil.rmtree(work, ignore_errors=True)
     return report
@@ -148,7 +153,7 @@ def two_passes(cfg, name, gather, code, after=lambda source, steps: {}):
 
 def outliers(cfg):
     """Drop what the corpus itself finds strange: 3 sigma from the mean of its source, or a perplexity at either end."""
-    return two_passes(cfg, "outliers", passes.outlier_steps, [outlying, lm])
+    return two_passes(cfg, "outliers", passes.outlier_steps, [outlying, lm, filters])
 
 
 def sentences(cfg):
@@ -176,18 +181,23 @@ def decontaminate(cfg):
                 print(f"  {row['task']}: {row['items_hit']:,} of {row['items']:,} items found, {row['coverage']:.0%} of their n-grams on the "
                       f"average, in {row['documents']:,} documents")
         return {"tasks": rows}
-    return two_passes(cfg, "decontaminate", passes.decontamination_steps, [decontamination], found)
+    tests = [path for _, path in decontamination.evaluation_files(cfg.eval_data)]
+    return two_passes(cfg, "decontaminate", passes.decontamination_steps, [decontamination], found, tests=[driver.file_hash(p) for p in tests])
 
 
 def score(cfg):
     """Give every document a quality, and drop those below --threshold, or by lot."""
     source = source_of(cfg, "score")
-    settings = scoring.Score(cfg.scorer, cfg.select, cfg.threshold, cfg.low, cfg.high, cfg.seed)
-    return driver.run_stage(cfg, "score", driver.part_tasks(source), lambda: [(scoring.score, settings)], settings_of(cfg, source), [scoring])
+    settings, path = scoring.Score(cfg.scorer, cfg.select, cfg.threshold, cfg.low, cfg.high, cfg.seed), Path(cfg.scorer.rpartition(":")[0])
+    if cfg.scorer:
+        scoring.load_scorer(cfg.scorer)                   # refused at once if it cannot be loaded
+    made_by = {"scorer_hash": driver.file_hash(path)} if cfg.scorer else {}
+    return driver.run_stage(cfg, "score", driver.part_tasks(source), lambda: [(scoring.score, settings)], settings_of(cfg, source, **made_by), [scoring, columns, ngrams])
 
 
 def tokenizer(cfg):
     """Train a tokenizer (or take the one given), and say how much text a token carries."""
+    not_in_shards(cfg)
     documents = source_of(cfg, "tokenizer")
     given = tokenizers.load(cfg.tokenizer) if cfg.tokenizer else None
 
@@ -215,9 +225,9 @@ def compare(cfg):
     if not cfg.tokenizer and not cfg.vocab_size:
         raise UserError("--tokenizer or --vocab_size: name the tokenizers to compare, or sizes to train ours at")
     tasks = raw_tasks(cfg)
-    learn, measure = comparing.split(lambda: (row["text"] for task in tasks for row in io.documents(task, lambda *bad: None)))
+    learn, measure = comparing.split(lambda: (row["text"] for task in tasks for row in io.documents(task, lambda *bad: None) if not row["drop_reason"]))
     tried = comparing.our_sizes(learn, [config.convert("vocab_size", size, 0, "command line") for size in cfg.vocab_size], cfg.han_run)
-    tried |= {Path(path).stem if Path(path).stem != "tokenizer" else Path(path).parent.name: tokenizers.load(path) for path in cfg.tokenizer}
+    tried |= {path: tokenizers.load(path) for path in cfg.tokenizer}
     rows = comparing.compare(tried, comparing.by_language(measure), cfg.dim, cfg.layers, cfg.hidden_dim, cfg.tied)
     print(comparing.table(rows))
     if cfg.plot:
@@ -226,6 +236,7 @@ def compare(cfg):
 
 def tokenize(cfg):
     """Split off the validation documents, shuffle, encode, and write the token files."""
+    not_in_shards(cfg)
     documents = source_of(cfg, "tokenize")
     path = cfg.tokenizer or (Path(cfg.out) / "tokenizer").as_posix()
     tok = tokenizers.load(path)
@@ -240,7 +251,7 @@ def tokenize(cfg):
                 print(f"  {name} {split}: {m['n_docs']:,} documents, {m['n_tokens']:,} tokens ({m['dtype']}), "
                       f"{m['n_bytes'] / m['n_tokens']:.2f} bytes a token")
         return found
-    stage(cfg, "tokens", documents, settings_of(cfg) | {"tokenizer": tok.hash}, [tokenizers, pack], work, goes_on=True)
+    stage(cfg, "tokens", documents, settings_of(cfg) | {"tokenizer": tok.hash}, [tokenizers, pack, sampler], work, goes_on=True)
 
 
 def export(cfg):
@@ -272,11 +283,20 @@ COMMANDS = {"demo": (demo, Demo), "clean": (clean, Clean), "dedup": (dedup, Dedu
             "compare": (compare, Compare), "tokenize": (tokenize, Tokenize), "export": (export, Export), "build": (build, Build)}
 
 
+def strictly(function, cfg):
+    """Run a command; with --strict, rows that could not be read make the exit code 3."""
+    function(cfg)
+    reports = [read_report(Path(cfg.out) / name) for name in ("clean", "ingest")] if getattr(cfg, "strict", False) else []
+    if bad := sum(sum(report["quarantined"].values()) for report in reports if report):
+        print(f"error: --strict: {bad:,} rows could not be read; they stand in {cfg.out}/*/quarantine.jsonl", file=sys.stderr)
+        sys.exit(3)
+
+
 def main(argv):
     command = argv[0] if argv else "--help"
     if command in COMMANDS:
         function, options = COMMANDS[command]
-        config.run(function, options, f"prepare_data.py {command}\n\n{function.__doc__}", argv[1:])
+        config.run(lambda cfg: strictly(function, cfg), options, f"prepare_data.py {command}\n\n{function.__doc__}", argv[1:])
     elif command in ("--help", "-h"):
         print(__doc__.strip())
     else:

@@ -215,7 +215,7 @@ def dedup(cfg):
     b, r = report["bands"], report["rows"]
     chance = [minhash.candidate_probability(p["jaccard"], b, r) for p in all_above]
     sd = sum(c * (1 - c) for c in chance) ** 0.5
-    wrong = sum(row["drop_reason"] == "near" and row["jaccard"] < 0.7 for row in gone.values())
+    wrong = sum(row["drop_reason"] == "near" and row["jaccard"] < 0.7 - 1e-6 for row in gone.values())
     print(f"planted pairs with J >= 0.85: {hit(high)} of {len(high)} found ({hit(high) / len(high):.2%}); with J >= 0.7: {hit(all_above)} of "
           f"{len(all_above)}, the S-curve of {b} x {r} promises {sum(chance):.1f} +- {sd:.1f}; removed below the threshold: {wrong}; "
           f"index on disk: {report['index_bytes'] / cfg.docs:.0f} bytes a document")

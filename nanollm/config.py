@@ -12,6 +12,7 @@ line, is refused with the nearest valid one; nothing is ever silently ignored.
 """
 import dataclasses
 import difflib
+import errno
 import math
 import os
 import sys
@@ -146,6 +147,11 @@ def run(main, cls, doc="", argv=None):
         return
     try:
         main(parse(cls, argv))
+    except OSError as e:
+        if e.errno != errno.ENOSPC:
+            raise
+        print(f"error: the disk is full ({e.filename or 'writing'}); free some space and run the same command again", file=sys.stderr, flush=True)
+        sys.exit(2)
     except UserError as e:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:    # once a machine
             print(f"error: {e}", file=sys.stderr, flush=True)

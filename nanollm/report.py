@@ -73,7 +73,7 @@ def collect(run_dir):
         raise UserError(f"--run_dir: {run_dir} is not a directory; `bash runs/speedrun.sh` makes out/demo")
     dropped, removed, tokens, truth, numbers = (read_json(run_dir / name) for name in (
         "clean/report.json", "dedup/report.json", "tokens/train.json", "raw/truth.json", "eval.json"))
-    planted, gone = truth.get("dedup_planted_lines"), parts.dropped(run_dir / "dedup")     # others may go too, if near
+    planted, gone = truth.get("dedup_planted_lines"), parts.dropped(run_dir / "dedup", ["id"])     # others may go too, if near
     found = sum(int(row["id"].rsplit(":", 1)[1]) in planted for row in gone) if planted else None
     stages = {row["stage"]: row for row in read_lines(run_dir / "stages.jsonl") if "stage" in row}   # the last try counts
     curves = {stage: read_lines(run_dir / stage / "metrics.jsonl") for stage in STAGES}

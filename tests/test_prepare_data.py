@@ -96,7 +96,7 @@ def test_every_removal_is_as_similar_as_it_says(demo):
     """Checked on the texts themselves, with sets of strings; blanks, case and punctuation do not count."""
     texts = {row["id"]: row["text"] for t in parts.Parts(demo / "data" / "clean").tables(["id", "text"]) for row in t.to_pylist()}
     kept = {i for t in parts.Parts(demo / "data" / "dedup").tables(["id"]) for i in t["id"].to_pylist()}
-    removed = parts.dropped(demo / "data" / "dedup")
+    removed = list(parts.dropped(demo / "data" / "dedup"))
     for row in removed:
         a, b = ("".join(c for c in texts[row[key]].lower() if c.isalnum()) for key in ("id", "dup_of"))
         a, b = ({t[i:i + 5] for i in range(len(t) - 4)} for t in (a, b))
@@ -345,7 +345,7 @@ def test_noise_is_an_outlier_by_its_perplexity(tmp_path):
     for i in (50, 150, 250):
         texts[i] = "".join(chr(rng.randrange(0x4E00, 0x9FFF)) for _ in range(240))
     assert run("outliers", "--input", corpus(tmp_path / "raw.jsonl", texts), "--out", tmp_path / "out", "--sigmas", 0, "--ppl_low", 0) == 0
-    gone = parts.dropped(tmp_path / "out" / "outliers")
+    gone = list(parts.dropped(tmp_path / "out" / "outliers"))
     assert {int(row["id"].rsplit(":", 1)[1]) - 1 for row in gone} == {50, 150, 250} and {r["drop_reason"] for r in gone} == {"perplexity_high"}
 
 

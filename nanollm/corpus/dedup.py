@@ -137,8 +137,8 @@ def sketch(table, cfg):
             signature, lengths[a:b] = signatures(texts[a:b], cfg)
             values[a:b] = minhash.band_hashes(signature, bands, rows)
     if cfg.keep == "best":
-        if "quality" not in table.column_names:
-            raise UserError("--keep best: the documents have no column quality; run `prepare_data.py score` before")
+        if "quality" not in table.column_names or len(table) and table["quality"].null_count == len(table):
+            raise UserError("--keep best: the documents have no quality; run `prepare_data.py score` before, and then dedup --input OUT/score")
         priority = np.nan_to_num(table["quality"].to_numpy().astype(np.float64), nan=-np.inf)
     else:
         priority = lengths.astype(np.float64) * (cfg.keep == "longest")
@@ -539,7 +539,8 @@ def write_clusters(parts, starts, work):
 
 def begin(parts, work, cfg):
     """Make `work` ready and write its deduplication.json; work that was begun with other settings or other parts is thrown away."""
-    plan = {"config": dataclasses.asdict(cfg), "parts": [[str(p), os.stat(p).st_size, os.stat(p).st_mtime_ns] for p in parts]}
+    code = hashlib.blake2b(b"".join(Path(m).read_bytes() for m in (__file__, minhash.__file__, simhash.__file__)), digest_size=8).hexdigest()
+    plan = {"config": dataclasses.asdict(cfg), "code": code, "parts": [[str(p), os.stat(p).st_size, os.stat(p).st_mtime_ns] for p in parts]}
     text = json.dumps(plan, ensure_ascii=False, indent=1) + "\n"
     if (work / "deduplication.json").exists():
         if (work / "deduplication.json").read_text(encoding="utf-8") == text:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -135,7 +136,7 @@ def run_job(job):
                "quarantined": dict(sorted(quarantined.items())), "first_bad": first_bad, "examples": dict(sorted(examples.items())),
                "blake2b": file_hash(kept.path)}
     parts.write_json(f"{stem}.json", sidecar)
-    return sidecar | {"peak_rss_mb": peak_rss_mb()}
+    return sidecar
 
 
 def tally(counts, before, out, drop):
@@ -184,6 +185,7 @@ def file_hash(path):
 # ---- many tasks -------------------------------------------------------------------------------------------------------
 
 _shared = None                            # in a worker: bytes, documents and kept documents so far, of all workers
+_peaks = [0]                              # in the parent: the most memory, in MB, that it and its workers have told of in this stage
 
 
 def _enter(shared, parent):
@@ -208,47 +210,63 @@ def advance(bytes=0, docs=0, kept=0):
                 _shared[i] += n
 
 
-def run(function, items, label="", workers=0, runner="local", total=None, seen=lambda result: None):
+def run(function, items, label="", workers=0, runner="local", total=None, seen=lambda result: None, keep=True):
     """[function(item) for item in items], in parallel and in order; function at module level, items picklable.
 
-    `workers` 0 takes every core. `seen(result)` is called as results come, in any order, and may raise to stop. With
-    `total` bytes the bar counts what `advance` tells, else items. UserError if a worker dies or the disk is full."""
+    `workers` 0 takes every core. `seen(result)` is called as results come, in any order, and may raise to stop; without
+    `keep` that is all that is done with them. With `total` bytes the bar counts what `advance` tells, else items.
+    UserError if a worker dies or the disk is full."""
     global _shared
     if runner == "ray":
         from nanollm.corpus import on_ray
-        return on_ray.run(function, items, label, seen)
+        return on_ray.run(function, items, label, seen, keep)
     workers = min(workers or os.cpu_count() or 1, len(items))
     context = multiprocessing.get_context("spawn")       # fork would copy the locks of arrow's threads and deadlock
     before, _shared = _shared, context.Array("q", 3)
     bar = io.progress(total=total or len(items), desc=label, **({"unit": "B", "unit_scale": True} if total else {"unit": " parts"}))
     try:
         if workers <= 1:
-            return [watched(function, item, bar, bool(total), seen) for item in items]
+            results = [watched(function, item, bar, bool(total), seen, keep) for item in items]
+            return results if keep else None
         with ProcessPoolExecutor(workers, context, _enter, (_shared, os.getpid())) as pool:
-            futures = [pool.submit(function, item) for item in items]
-            left = set(futures)
+            places = {pool.submit(with_peak, function, item): i for i, item in enumerate(items)}
+            results, left = [None] * len(items), set(places)
             try:
                 while left:
                     done, left = wait(left, 0.5, FIRST_COMPLETED)
-                    for future in done:
-                        seen(future.result())
                     show(bar, bool(total), len(done))
+                    while done:
+                        future = done.pop()
+                        at, (result, peak) = places.pop(future), future.result()
+                        _peaks.append(peak)
+                        results[at] = result if keep else None
+                        seen(result)
             except BaseException:                        # Ctrl-C, a full disk, a broken file: stop the others at once
                 for child in multiprocessing.active_children():
                     child.kill()
                 raise
-            return [future.result() for future in futures]
+            return results if keep else None
     except BrokenProcessPool:
         raise UserError(f"{label}: a worker process died (killed, or out of memory); what is finished is kept: run the same command again, "
                         "perhaps with fewer --workers") from None
     except OSError as e:
-        raise UserError(f"{label}: {e}; what is finished is kept: mend that and run the same command again") from None
+        raise trouble(label, e) from None
     finally:
         bar.close()
         _shared = before
 
 
-def watched(function, item, bar, by_bytes, seen):
+def with_peak(function, item):
+    """(function(item), the most memory that this worker has held so far, in MB)."""
+    return function(item), peak_rss_mb() or 0
+
+
+def trouble(label, e):
+    """What a full disk (or a broken one) is to the user."""
+    return UserError(f"{label}: {e}; what is finished is kept: mend that and run the same command again")
+
+
+def watched(function, item, bar, by_bytes, seen, keep):
     """One item in this process, with the bar kept moving by a thread."""
     stop = threading.Event()
 
@@ -260,11 +278,12 @@ def watched(function, item, bar, by_bytes, seen):
     try:
         result = function(item)
         seen(result)
-        return result
+        return result if keep else None
     finally:
         stop.set()
         thread.join()
         show(bar, by_bytes, 1)
+        _peaks.append(peak_rss_mb() or 0)
 
 
 def show(bar, by_bytes, items):
@@ -279,6 +298,12 @@ def runner_of(cfg):
     return partial(run, workers=cfg.workers, runner=cfg.runner)
 
 
+def signature_of(settings, code, *more):
+    """A hash of settings, of the source of modules, and of what else decides what is written."""
+    sources = [hashlib.blake2b(Path(module.__file__).read_bytes(), digest_size=8).hexdigest() for module in code]
+    return hashlib.blake2b(json.dumps([settings, sources, *more], sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+
+
 def run_stage(cfg, name, tasks, steps, settings, code, extra=lambda: {}):
     """Carry `tasks` through the steps [(function, cfg)] that `steps()` returns into OUT/NAME; returns the report, or None
     if other shards are still to come.
@@ -289,10 +314,8 @@ def run_stage(cfg, name, tasks, steps, settings, code, extra=lambda: {}):
     target = Path(cfg.out) / name
     aside = Path(f"{target}.tmp")
     claim(target)
-    basis = {"settings": settings, "code": [hashlib.blake2b(Path(m.__file__).read_bytes(), digest_size=8).hexdigest() for m in code],
-             "keep_dropped": cfg.keep_dropped}
-    signatures = [hashlib.blake2b(json.dumps([basis, asdict(task)], sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
-                  for task in tasks]
+    basis = signature_of(settings, code, cfg.keep_dropped)
+    signatures = [signature_of(basis, [], asdict(task)) for task in tasks]
     whole = hashlib.blake2b("".join(signatures).encode(), digest_size=16).hexdigest()
     before = parts.read_report(target)
     whole_before = [is_done(target, i, signature) and not cfg.force for i, signature in enumerate(signatures)]
@@ -308,35 +331,45 @@ def run_stage(cfg, name, tasks, steps, settings, code, extra=lambda: {}):
     mine = [i for i in todo if i % of == shard]
     print(name + (f": {len(tasks) - len(todo)} of {len(tasks)} tasks were done before" if 0 < len(todo) < len(tasks) else "")
           + (f": shard {cfg.shard}, {len(mine)} tasks" if of > 1 else ""), flush=True)
-    start = time.time()
-    todo_steps = tuple(steps())
+    start, _peaks[:] = time.time(), [peak_rss_mb() or 0]
+    try:
+        todo_steps = tuple(steps())
+    except OSError as e:
+        raise trouble(name, e) from None
     jobs = [Job(tasks[i], todo_steps, str(aside), signatures[i], cfg.keep_dropped, cfg.show, cfg.fail_fast) for i in mine]
-    peak = [peak_rss_mb() or 0]
-    n_seen = n_bad = 0
-
-    def seen(sidecar):
-        nonlocal n_seen, n_bad
-        peak.append(sidecar["peak_rss_mb"] or 0)
-        n_bad += sum(sidecar["quarantined"].values())
-        n_seen += sidecar["counts"]["in"] + sum(sidecar["quarantined"].values())
-        if n_bad > cfg.max_bad * n_seen and n_seen > 10_000:
-            raise UserError(too_bad(n_bad, n_seen, cfg.max_bad, sidecar["first_bad"], aside))
-    run(run_job, jobs, name, cfg.workers, cfg.runner, sum(job.task.bytes for job in jobs), seen)
+    docs = []
+    run(run_job, jobs, name, cfg.workers, cfg.runner, sum(job.task.bytes for job in jobs), lambda s: docs.append(s["counts"]["in"]), keep=False)
     missing = [i for i in range(len(tasks)) if not is_done(aside, i, signatures[i])]
-    if missing:
-        print(f"  {len(missing)} of {len(tasks)} tasks are left to the other shards (the next is part {missing[0]})", flush=True)
+    if of > 1:                                            # of several launchers none knows that it is the last
+        print(f"  {len(missing)} of {len(tasks)} tasks are left; when all shards are done, the same command without --shard finishes the stage", flush=True)
         return None
-    report = finish(cfg, name, aside, len(tasks), whole, basis, time.time() - start, max(peak), extra)
-    shutil.rmtree(target, ignore_errors=True)
-    aside.rename(target)
-    parts.gather(cfg.out)
+    try:
+        report = finish(cfg, name, aside, len(tasks), whole, settings, time.time() - start, sum(docs), extra)
+        swap(aside, target)
+        parts.gather(cfg.out)
+    except OSError as e:
+        raise trouble(name, e) from None
     print("\n".join(page.lines(name, report)) + f"\n  -> {io.shown(target)}", flush=True)
     return report
 
 
-def finish(cfg, name, target, n, signature, basis, seconds, peak, extra):
+def swap(aside, target):
+    """`aside` becomes `target`. Another process that has just done the same may have taken it: then all is well already."""
+    mine, old = Path(f"{target}.{os.getpid()}.new"), Path(f"{target}.{os.getpid()}.old")
+    try:
+        aside.rename(mine)
+        if target.exists():
+            target.rename(old)
+        mine.rename(target)
+    except FileNotFoundError:
+        if parts.read_report(target) is None:
+            raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def finish(cfg, name, target, n, signature, settings, seconds, docs, extra):
     """All parts are there: add up the sidecars, write report.html, quarantine.jsonl and, last, report.json; returns that."""
-    stems = [f"part-{i:05d}" for i in range(n)]
+    stems = {f"part-{i:05d}": i for i in range(n)}
     for path in target.iterdir():                        # parts of an earlier plan, what a kill has left, what was exported of them
         if path.suffix == ".tmp" or path.name in parts.EXPORTS or path.name.startswith("part-") and path.name.split(".")[0] not in stems:
             path.unlink()
@@ -361,9 +394,8 @@ def finish(cfg, name, target, n, signature, basis, seconds, peak, extra):
         raise UserError(too_bad(bad, report["in"], cfg.max_bad, first_bad, target))
     if not report["kept"]:
         raise UserError(f"{name}: none of {report['in']:,} documents is left; dropped: {report['dropped']}")
-    docs = sum(s["counts"]["in"] for s in sidecars)
     report |= extra() | {"first_bad": first_bad, "seconds": round(seconds, 2), "docs_per_second": round(docs / max(seconds, 1e-9)),
-                         "peak_rss_mb": peak, "parts": [f"{stem}.parquet" for stem in stems], "settings": basis["settings"],
+                         "peak_rss_mb": max(_peaks), "parts": [f"{stem}.parquet" for stem in stems], "settings": settings,
                          "output": hashlib.blake2b("".join(s["blake2b"] for s in sidecars).encode(), digest_size=16).hexdigest(),
                          "signature": signature}
     (target / "report.html").write_text(page.render(name, report), encoding="utf-8")
@@ -392,7 +424,7 @@ def claim(target):
     ours = ("part-", "report.", "quarantine.", *parts.EXPORTS)
     try:
         target.mkdir(parents=True, exist_ok=True)
-        if foreign := [p.name for p in target.iterdir() if not p.name.startswith(ours)]:
+        if foreign := [p.name for p in target.iterdir() if not p.name.startswith((*ours, "."))]:       # .DS_Store, .nfs…
             raise UserError(f"--out: {target} holds {foreign[0]}, which prepare_data.py did not write; choose another directory")
     except OSError as e:
         raise UserError(f"--out: cannot make the directory {target}: {e.strerror}") from None
@@ -412,12 +444,10 @@ def read_sidecar(part):
 
 def shard_of(text):
     """--shard i/n, i from 0: this launcher takes tasks i, i + n, i + 2n, …"""
-    try:
-        i, n = map(int, text.split("/"))
-        assert 0 <= i < n
-        return i, n
-    except (ValueError, AssertionError):
-        raise UserError(f"--shard {text}: wants i/n with 0 <= i < n, for instance 0/4, 1/4, 2/4 and 3/4 on four machines") from None
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match and int(match[1]) < int(match[2]):
+        return int(match[1]), int(match[2])
+    raise UserError(f"--shard {text}: wants i/n with 0 <= i < n, for instance 0/4, 1/4, 2/4 and 3/4 on four machines")
 
 
 def peak_rss_mb():

@@ -1,6 +1,6 @@
 """Raw files as a stream of documents: which files, cut into which tasks, and readers that survive what is broken.
 
-.txt .jsonl .json .parquet .csv .warc .wet come in, each also .gz. `plan` cuts the input into tasks that depend on the
+.txt .jsonl .json .parquet .csv .tsv .warc .wet come in, each also .gz. `plan` cuts the input into tasks that depend on the
 files only, never on the number of workers. `documents` streams one task: what cannot be read goes to a callback with
 its file, line and reason (the driver writes it to quarantine.jsonl), and does not stop the stream.
 """
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from nanollm.config import UserError
 from nanollm.corpus import adapters, foreign
+from nanollm.corpus.parts import read_report
 from nanollm.corpus.readers import BROKEN, MAX_LINE, open_bytes, read_json, read_jsonl, read_parquet, read_txt
 
 KINDS = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".tsv", ".warc", ".wet")
@@ -70,13 +71,17 @@ def find_files(paths, exclude):
         if not path.exists():
             raise UserError(f"--input: {path} does not exist")
         adapter = name if named and name in adapters.ADAPTERS else "auto"
-        for file in sorted(p for p in path.rglob("*") if p.is_symlink() or not p.is_dir()) if path.is_dir() else [path]:
+        inside = files_below(path, skipped) if path.is_dir() else [path]
+        stages = {folder: read_report(folder) for folder in {file.parent for file in inside}}
+        for file in inside:
+            stage = stages[file.parent] if path.is_dir() else None        # a finished stage of ours: its documents, not what it dropped
             real = Path(os.path.realpath(file))          # not file.resolve(), which raises where links go in a circle
             if real in seen:
                 continue
             seen.add(real)
             why = ("lies in --out, our own output" if path.is_dir() and Path(exclude).resolve() in real.parents else
                    "a link to a directory; name that itself" if file.is_dir() else
+                   "belongs to a stage of ours, but not its documents" if stage and file.name not in stage["parts"] else
                    f"unknown extension (known: {' '.join(KINDS)}, each also .gz)" if kind(file) not in KINDS else
                    "not a regular file" if not file.is_file() else
                    "empty file" if file.stat().st_size == 0 else None)
@@ -87,6 +92,15 @@ def find_files(paths, exclude):
         why = f"; {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
         raise UserError(f"--input: nothing to read in {', '.join(map(str, paths))}{why}")
     return files, skipped
+
+
+def files_below(path, skipped):
+    """All files below a directory, sorted; a directory that may not be read goes to `skipped`."""
+    found = []
+    for folder, _, names in os.walk(path, onerror=lambda e: skipped.append((Path(e.filename), e.strerror))):
+        found += [Path(folder, name) for name in names]
+    links = [Path(folder, name) for folder, names, _ in os.walk(path) for name in names if Path(folder, name).is_symlink()]
+    return sorted([*found, *links])
 
 
 def choose_separator(path, doc_sep):
@@ -116,6 +130,8 @@ def cuts(path, size, step, at_blank):
             left = step
             while left:
                 block = f.read(min(left, 1 << 22))
+                if not block:                            # the file has become shorter meanwhile
+                    break
                 left, lines = left - len(block), lines + block.count(b"\n")
             whole = block.endswith(b"\n")                # else the next piece is the end of a line, blank or not
             while line := f.readline(MAX_LINE):

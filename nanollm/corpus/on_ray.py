@@ -33,34 +33,47 @@ def start():
     return ray
 
 
-def call(table, function):
-    """One batch of items -> one batch of results; both travel pickled, as binary columns."""
+def call(table, function, home):
+    """One batch of items -> one batch of results; both travel pickled, as binary columns. `home`: our working directory, from
+    which the paths in them are meant."""
+    os.chdir(home)
     items = [pickle.loads(item) for item in table["item"].to_pylist()]
     return pa.table({"at": table["at"], "result": pa.array([pickle.dumps(function(item)) for item in items], pa.large_binary())})
 
 
-def run(function, items, label="", seen=lambda result: None):
+def mistake(label, e):
+    """The UserError that a task has raised, however Ray has wrapped it; else one that says what Ray says."""
+    cause = e
+    while cause is not None and not isinstance(cause, UserError):
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    return cause or UserError(f"{label}: Ray gave up: {str(e).strip().splitlines()[-1]}; what is finished is kept: run the same command again")
+
+
+def run(function, items, label="", seen=lambda result: None, keep=True):
     """driver.run on Ray: [function(item) for item in items], one item a Ray task."""
     ray = start()
+    if not items:
+        return [] if keep else None
     rows = pa.table({"at": list(range(len(items))), "item": pa.array([pickle.dumps(item) for item in items], pa.large_binary())})
     results, bar = [None] * len(items), io.progress(total=len(items), desc=f"{label} (ray)", unit=" parts")
     try:
         mapped = ray.data.from_arrow([rows.slice(i, 1) for i in range(len(items))]).map_batches(
-            call, batch_format="pyarrow", batch_size=1, fn_args=(function,))
+            call, batch_format="pyarrow", batch_size=1, fn_args=(function, os.getcwd()))
         for row in mapped.iter_rows():
-            results[row["at"]] = pickle.loads(row["result"])
-            seen(results[row["at"]])
+            result = pickle.loads(row["result"])
+            results[row["at"]] = result if keep else None
+            seen(result)
             bar.update()
-    except ray.exceptions.RayTaskError as e:
-        cause = e.cause if isinstance(getattr(e, "cause", None), UserError) else None
-        raise cause or UserError(f"{label}: a Ray task failed: {str(e).strip().splitlines()[-1]}") from None
+    except ray.exceptions.RayError as e:
+        raise mistake(label, e) from None
     finally:
         bar.close()
     return results
 
 
-def bands_of_sketch(table, cfg, work):
+def bands_of_sketch(table, cfg, work, home):
     """Rows {"path", "first"} of sketch files -> the rows of dedup.band_rows, with the group that each value falls into."""
+    os.chdir(home)
     found = pa.concat_tables([dedup.band_rows(dedup.ranked_sketch(path, first, work), cfg)
                               for path, first in zip(table["path"].to_pylist(), table["first"].to_pylist())])
     return found.append_column("group", pa.array((found["value"].to_numpy() % np.uint64(GROUPS)).astype(np.int32)))
@@ -73,7 +86,10 @@ def join(sketches, work, cfg):
     firsts = np.cumsum([0, *(pq.read_metadata(path).num_rows for path in sketches)])[:-1]
     files = pa.table({"path": [str(path) for path in sketches], "first": firsts})
     edges = ray.data.from_arrow([files.slice(i, 1) for i in range(len(sketches))]).map_batches(
-        bands_of_sketch, batch_format="pyarrow", batch_size=1, fn_args=(cfg, str(work))).groupby(["band", "group"]).map_groups(
+        bands_of_sketch, batch_format="pyarrow", batch_size=1, fn_args=(cfg, str(work), os.getcwd())).groupby(["band", "group"]).map_groups(
         dedup.edges_of_group, batch_format="pyarrow")
-    for batch in edges.iter_batches(batch_format="pyarrow", batch_size=None):
-        yield batch["edge"].to_numpy()
+    try:
+        for batch in edges.iter_batches(batch_format="pyarrow", batch_size=None):
+            yield batch["edge"].to_numpy()
+    except ray.exceptions.RayError as e:
+        raise mistake("join", e) from None

@@ -43,7 +43,7 @@ class Dedup(Stage):
     verify: bool = arg(True, "compute the true similarity of every candidate pair")
     min_units: int = arg(20, "shorter documents go only if equal", unit="characters or words")
     hamming: int = arg(3, "simhash: candidates differ in at most so many bits", unit="of 64 bits")
-    seed: int = arg(1, "of the permutations")
+    hash_seed: int = arg(1, "of the permutations")
 
 
 @dataclass
@@ -117,13 +117,11 @@ class Compare:
     tied: bool = arg(False, "whether it shares input and output embedding")
     plot: str = arg("", "also draw bytes a token over vocabulary size into this .png (extra: plot)")
     doc_sep: str = arg("auto", "what ends a document in .txt: line | blank | file | auto (blank lines if any)")
-    runner: str = "local"
-    out: str = "out"
 
 
 @dataclass
 class Build(Tokenize, Tokenizer, Decontaminate, Dedup, Clean):                         # only to have the options of all
-    seed: int = arg(1234, "of the order of the documents, and of the permutations of MinHash")
+    """clean, dedup, decontaminate if --eval_data is given, tokenizer, tokenize."""
 
 
 @dataclass

@@ -102,9 +102,10 @@ def gather(out):
 
 
 def dropped(directory, columns=("id", "drop_reason", "dup_of", "jaccard")):
-    """What a stage has dropped, as dicts; [] if it kept nothing of that."""
-    paths = sorted(Path(directory).glob("part-*.dropped.parquet"))
-    return [row for path in paths for row in pq.read_table(path, columns=list(columns)).to_pylist()]
+    """What a stage has dropped, as dicts one after the other; nothing if it kept nothing of that."""
+    for path in sorted(Path(directory).glob("part-*.dropped.parquet")):
+        for batch in pq.ParquetFile(path).iter_batches(ROWS, columns=list(columns)):
+            yield from batch.to_pylist()
 
 
 class Parts:

@@ -17,7 +17,7 @@ import numpy as np
 
 from nanollm.corpus import decontaminate, dedup, lm, ngrams, outliers, parts, sentences, simhash, soft
 
-GROUPS = 16                               # a pass is cut into so many pieces of work; each holds one result in memory
+GROUPS = 64                               # a pass is cut into so many pieces of work
 
 
 def fold_parts(item):
@@ -27,10 +27,20 @@ def fold_parts(item):
 
 
 def fold(source, function, merge, cfg, run, label):
-    """merge of function(table, cfg) over all tables of `source` (parts.Parts); merge must be associative and commutative."""
-    files = [(path, int(first)) for path, first, rows in zip(source.paths, source.first, source.rows) if rows]
+    """merge of function(table, cfg) over all tables of `source` (parts.Parts); merge must be associative and commutative. The
+    results of the groups are merged as they come: the one so far and those on their way are all that is in memory."""
+    files, so_far = files_of(source), []
     groups = min(GROUPS, len(files))
-    return reduce(merge, run(fold_parts, [(files[i::groups], function, merge, cfg) for i in range(groups)], label))
+
+    def add_up(result):
+        so_far[:] = [merge(so_far[0], result)] if so_far else [result]
+    run(fold_parts, [(files[i::groups], function, merge, cfg) for i in range(groups)], label, seen=add_up, keep=False)
+    return so_far[0]
+
+
+def files_of(source):
+    """[(path, number of its first document)] of the parts that hold any."""
+    return [(path, int(first)) for path, first, rows in zip(source.paths, source.first, source.rows) if rows]
 
 
 def gathered(path, make, save):
@@ -139,12 +149,11 @@ def nearest_neighbours(source, work, cfg, run):
     return soft.nearest_earlier(pairs, cosine, len(source))
 
 
-def count_ngrams(item):
-    """(some parts, cfg): the n-gram tables of all of them, in one array."""
-    counts, (some, cfg) = None, item
-    for path, first in some:
-        for table in parts.read_tables(path, first):
-            counts = soft.count_ngrams(table, cfg, counts)
+def count_ngrams(source, cfg):
+    """The n-gram tables (256 MiB) of a sample of the corpus, small enough for one process."""
+    counts = None
+    for table in source.tables(["text"]):
+        counts = soft.count_ngrams(table, cfg, counts)
     return counts
 
 
@@ -163,9 +172,7 @@ def weigh_steps(source, work, cfg, run):
         steps = [(soft.weigh_nearest, soft.Soft(nearest=nearest, seed=cfg.seed))]
     else:
         base = soft.Soft(sample=min(1.0, 2 ** soft.Soft.bits / 5 / max(characters_of(source), 1)), seed=cfg.seed)      # tables stay a fifth full
-        files = [(path, int(first)) for path, first, rows in zip(source.paths, source.first, source.rows) if rows]
-        counts = gathered(work / "counts.npy", lambda: reduce(add, run(count_ngrams, [(files[i::2], base) for i in range(min(2, len(files)))],
-                                                                      "n-grams")), save_array)
+        counts = gathered(work / "counts.npy", lambda: count_ngrams(source, base), save_array)
         first = replace(base, counts=counts)
         buckets = gathered(work / "buckets.npz", lambda: fold(source, commonness_values, joined, first, run, "commonness"),
                            lambda values, path: soft.save_buckets(values, path, largest=1.0 if cfg.thin else 0.0))

@@ -6,8 +6,7 @@ import time
 from pathlib import Path
 
 from nanollm.config import UserError
-from nanollm.corpus import io
-from nanollm.corpus.driver import peak_rss_mb
+from nanollm.corpus import driver, io
 from nanollm.corpus.parts import gather, read_report, write_json
 
 
@@ -33,12 +32,12 @@ def stage(cfg, name, documents, settings, code, work, goes_on=False):
             shutil.rmtree(aside, ignore_errors=True)      # the rest of an interrupted run
         aside.mkdir(parents=True, exist_ok=True)
         print(target.name, flush=True)
-        start = time.time()
+        start, driver._peaks[:] = time.time(), [0]
         report = work(aside)
-        report |= {"seconds": round(time.time() - start, 2), "peak_rss_mb": peak_rss_mb(), "signature": signature}
+        peak = max(*driver._peaks, driver.peak_rss_mb() or 0)
+        report |= {"seconds": round(time.time() - start, 2), "peak_rss_mb": peak, "signature": signature}
         write_json(aside / "report.json", report)
-        shutil.rmtree(target, ignore_errors=True)
-        aside.rename(target)
+        driver.swap(aside, target)
     except OSError as e:
         raise UserError(f"--out: cannot write {aside}: {e.strerror or e}; mend that and run the same command again") from None
     print(f"  {report['seconds']:.1f} s, peak memory {report['peak_rss_mb']} MB -> {io.shown(target)}", flush=True)
