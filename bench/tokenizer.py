@@ -31,6 +31,8 @@ def texts_of(cfg):
         raise UserError("--text: name files or directories with text")
     for task in io.plan(io.find_files(cfg.text, exclude=os.devnull)[0]):
         for row in io.documents(task, lambda *bad: None):
+            if row["drop_reason"]:
+                continue
             yield row["text"]
 
 

@@ -3,8 +3,11 @@ import gzip
 import json
 import os
 import random
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -392,3 +395,28 @@ def test_a_stage_made_from_what_has_changed_since_is_not_read(tmp_path, capsys):
     assert run("clean", "--input", corpus(tmp_path / "a.jsonl"), "--out", tmp_path / "out") == 0 and run("dedup", "--out", tmp_path / "out") == 0
     assert run("clean", "--input", corpus(tmp_path / "b.jsonl", SENTENCES[:100]), "--out", tmp_path / "out") == 0
     assert run("tokenizer", "--out", tmp_path / "out", "--vocab_size", 400) == 2 and "prepare_data.py dedup" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
+def test_a_build_killed_at_twenty_random_moments_leaves_the_same_bytes(tmp_path):
+    """The real road, kill -9 of all its processes: clean, dedup, tokenizer and tokens end as in a run without a kill. The kills
+    fall into the work: of twenty at least ten find a stage begun and not ended."""
+    rng = random.Random(7)
+    raw = corpus(tmp_path / "raw.jsonl", [prose(rng, 60) for _ in range(6000)])
+    command = [sys.executable, str(ROOT / "prepare_data.py"), "build", "--input", str(raw), "--vocab_size", "600", "--workers", "2", "--out"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": env}
+    began = time.time()
+    subprocess.run([*command, str(tmp_path / "straight")], check=True, **quiet)
+    whole, inside = time.time() - began, 0
+    for _ in range(20):
+        process = subprocess.Popen([*command, str(tmp_path / "killed")], start_new_session=True, **quiet)
+        time.sleep(rng.uniform(0.1, 0.9) * whole)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        inside += bool(list((tmp_path / "killed").glob("*.tmp")) + list((tmp_path / "killed").glob("*.work")))
+        if (tmp_path / "killed" / "tokens").exists():     # it came to its end: begin anew
+            shutil.rmtree(tmp_path / "killed")
+    subprocess.run([*command, str(tmp_path / "killed")], check=True, **quiet)
+    assert inside >= 10 and files(tmp_path / "killed") == files(tmp_path / "straight")

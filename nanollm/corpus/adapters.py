@@ -282,7 +282,7 @@ def adapt(row, name="auto"):
     """(text, meta, reason) of a row, see the top of this file. Raises ValueError(code) for a row that belongs in
     quarantine, UserError for a name that is no adapter."""
     if name != "auto" and name not in ADAPTERS:
-        raise UserError(f"--adapter: {name!r} is none of auto, {', '.join(ADAPTERS)}")
+        raise UserError(f"adapter {name!r} is none of auto, {', '.join(ADAPTERS)}")
     if not isinstance(row, dict):
         raise ValueError("not_an_object")
     name = detect(row) if name == "auto" else name

@@ -22,7 +22,6 @@ import math
 import os
 import shutil
 import tempfile
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -35,6 +34,7 @@ from datasketch import MinHash, MinHashLSH
 
 from nanollm.config import UserError
 from nanollm.corpus import minhash, simhash
+from nanollm.corpus.parts import written
 
 BATCH_CHARS = 65_536                      # characters sketched at once: their arrays stay in the cache
 MAX_RUN = 64                              # documents with one band value: up to here all pairs are candidates
@@ -147,16 +147,6 @@ def sketch(table, cfg):
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
-
-@contextmanager
-def written(path):
-    """Yields a name aside to write to; when all went well, it is on the disk and renamed to `path`."""
-    aside = f"{path}.tmp"
-    yield aside
-    with open(aside, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-
 
 def save(path, array):
     with written(path) as aside, open(aside, "wb") as file:

@@ -6,6 +6,7 @@ documents or 16 MiB bound the memory of every reader.
 """
 import json
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,14 @@ def publish(aside, path):
     with open(aside, "rb+") as f:
         os.fsync(f.fileno())
     os.replace(aside, path)
+
+
+@contextmanager
+def written(path):
+    """Yields a name aside to write to, this process's own; when all went well, it is on the disk and renamed to `path`."""
+    aside = f"{path}.{os.getpid()}.tmp"
+    yield aside
+    publish(aside, path)
 
 
 def write_json(path, value):
