@@ -428,6 +428,8 @@ def verify_pairs(item):
         a, b = shingles(*one), shingles(*two)
         if min(len(a), len(b)) >= cfg.threshold * max(len(a), len(b)) - 1:  # J <= |smaller| / |larger|; - 1 for rounding
             similarity[k] = jaccard_of(a, b)
+        if k % 1024 == 1023:
+            opened.cache_clear()                                            # pages once mapped count as memory until they are let go
     good = similarity >= cfg.threshold
     found = np.empty(np.count_nonzero(good), dtype=VERIFIED)
     found["edge"], found["jaccard"] = edges[good], similarity[good]
