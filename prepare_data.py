@@ -80,11 +80,6 @@ def settings_of(cfg, source=None, **more):
     return settings | ({"from": [io.shown(source.directory), source.signature]} if source else {})
 
 
-def only(cfg, cls):
-    """The options of one stage out of those of `build`."""
-    return cls(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(cls)})
-
-
 def demo(cfg):
     """Write the raw files of the embedded demo world: documents, chats, preference pairs, a multiple-choice test."""
     one_of(cfg, size="demo smoke")
@@ -101,15 +96,13 @@ def demo(cfg):
 def clean(cfg):
     """Read raw files, edit the text, and drop what the recipe says."""
     recipe = cleaning.read_recipe(cfg.recipe, {"filters": {"too_short": {"chars": cfg.min_chars}}} if cfg.min_chars else {})
-    driver.run_stage(cfg, "clean", raw_tasks(cfg), lambda: [(cleaning.clean, recipe)], {"recipe": recipe.settings},
-                              [*READING, cleaning, edits, filters, pii])
+    code = [*READING, cleaning, edits, filters, pii]
+    driver.run_stage(cfg, "clean", raw_tasks(cfg), lambda: [(cleaning.clean, recipe)], {"recipe": recipe.settings}, code)
 
 
 def dedup(cfg):
     """Remove exact copies by hash, and near copies: MinHash-LSH candidates, verified by true Jaccard similarity."""
-    settings = deduplication.DedupConfig(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(deduplication.DedupConfig)
-                                            if f.name != "seed"}, seed=cfg.hash_seed)
-    deduplication.bands_of(settings)                      # refuses what makes no sense
+    settings = deduplication.config_of(cfg)
     source, work = source_of(cfg, "dedup"), Path(cfg.out) / "dedup.work"
     found, (shard, of) = {}, driver.shard_of(cfg.shard)
     if of > 1:
@@ -206,9 +199,7 @@ def tokenizer(cfg):
         tok = given or training.train_tokenizer(cfg.kind, texts, cfg.vocab_size, cfg.han_run, cfg.sample_mb << 20,
                                                 lambda line: print("  " + line.removeprefix("tokenizer: ")))
         tok.save(out)
-        if tok.kind == "bpe":                             # the same tokenizer for Hugging Face's and tiktoken's libraries
-            files = foreign_tokenizers.hf_files(tok, tokenizers.CHAT_TEMPLATE), foreign_tokenizers.vocab_and_merges(tok), foreign_tokenizers.tiktoken_files(tok)
-            foreign_tokenizers.write_files(out / "export", files[0] | files[1] | files[2])
+        foreign_tokenizers.export(tok, tokenizers.CHAT_TEMPLATE, out / "export")
         some = list(documents.sample(2000))
         row, = comparing.compare({"": tok}, {"all": some} | comparing.by_language(some))
         print(f"  {tok.kind}, {tok.vocab_size:,} ids")
@@ -267,7 +258,7 @@ def build(cfg):
     stages = [(clean, Clean), (dedup, Dedup), *[(decontaminate, Decontaminate)] * bool(cfg.eval_data), (tokenizer, Tokenizer), (tokenize, Tokenize)]
     last = None
     for function, cls in stages:
-        options = only(cfg, cls)
+        options = cls(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(cls)})
         if last:                                          # each stage reads the one before, whatever else lies in --out
             options.input = [str(Path(cfg.out) / last)]
         if function is tokenize:

@@ -222,6 +222,13 @@ def tiktoken_files(tok):
             "ranks.json": json.dumps(settings, indent=2, ensure_ascii=False) + "\n"}
 
 
+def export(tok, chat_template, directory):
+    """Write a BPE of ours for other libraries: Hugging Face's files, vocab.json and merges.txt, tiktoken's ranks. (The other kinds
+    are theirs already, or nobody else reads them.)"""
+    if tok.kind == "bpe":
+        write_files(directory, hf_files(tok, chat_template) | vocab_and_merges(tok) | tiktoken_files(tok))
+
+
 def write_files(directory, files):
     """Write {name: text} into `directory`, line ends as they are on every system; the names, sorted."""
     directory.mkdir(parents=True, exist_ok=True)

@@ -65,6 +65,13 @@ class DedupConfig:
     seed: int = 1
 
 
+def config_of(options):
+    """The DedupConfig of the command line's options. Raises UserError if it makes no sense."""
+    cfg = DedupConfig(seed=options.hash_seed, **{f.name: getattr(options, f.name) for f in dataclasses.fields(DedupConfig) if f.name != "seed"})
+    bands_of(cfg)
+    return cfg
+
+
 def bands_of(cfg):
     """(bands, rows) of a configuration. Raises UserError if it makes no sense."""
     for name, choices in (("sketch", ("numpy", "oph", "datasketch", "simhash")), ("shingle", ("char", "word", "jieba")),

@@ -13,6 +13,8 @@ import os
 from dataclasses import replace
 from functools import reduce
 
+from pathlib import Path
+
 import numpy as np
 
 from nanollm.corpus import decontaminate, dedup, lm, ngrams, outliers, parts, sentences, simhash, soft
@@ -144,7 +146,7 @@ def nearest_neighbours(source, work, cfg, run):
     for begin in range(0, len(pairs), 1 << 14):                        # the texts of so many pairs at a time
         some = pairs[begin:begin + (1 << 14)]
         numbers, places = np.unique(some, return_inverse=True)
-        texts = [text for _, text in dedup.documents_at(source.paths, source.first, numbers)]
+        texts = dedup.texts_at(source.paths, source.first, numbers)
         cosine[begin:begin + len(some)] = soft.cosines(texts, places.reshape(-1, 2), frequency, len(source))
     return soft.nearest_earlier(pairs, cosine, len(source))
 
