@@ -111,7 +111,7 @@ def test_document_rows_cover_every_token_once(tokens, tok):
         begin = train.begin[i]
         got += [(begin + t, v) for t, v in enumerate(targets.tolist())]
         assert inputs[0] == (flat[begin - 1] if begin else tok.eos_id)
-        assert (inputs[0] == tok.eos_id) == (begin == 0 or begin in train.ends)
+        assert (inputs[0] == tok.eos_id) == (begin == 0 or begin in train.ends[:])
         assert inputs[1:].tolist() == targets[:-1].tolist()
     assert sorted(got) == list(enumerate(flat.tolist()))
     assert sorted(sum(train.bins, [])) == list(range(len(train.begin)))

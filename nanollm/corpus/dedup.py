@@ -491,10 +491,12 @@ def believed(edges):
 
 
 def decide(work, chunks, cfg):
-    """The decisions on `chunks`, the edges: an array over all documents each, dup_of.npy (number of the document that stays for it; its own if it
-    stays), similarity.npy, kind.npy (0 kept, 1 exact, 2 near), dup_size.npy (size of its cluster).
+    """Decide on every document from `chunks`, arrays of VERIFIED, and write four arrays over all documents to `work`:
 
-    An exact copy of a near copy is as near to the document that stays as the first one was.
+        dup_of.npy      number of the document that stays for it, its own if it stays itself
+        similarity.npy  with that one; an exact copy of a near copy is as near to it as the near copy is
+        kind.npy        0 kept, 1 exact, 2 near
+        dup_size.npy    size of its cluster
     """
     exact, order = np.load(work / "exact.npy"), load(work / "order.npy")
     keeper, jaccard = (greedy if cfg.cluster == "greedy" else components)(chunks, len(order))

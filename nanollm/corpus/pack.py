@@ -15,6 +15,7 @@ The place of document number d of N is permute(d, N, seed), so nobody has to hol
 workers nor the cut into parts shows in the files. What is written is written aside, brought to the disk and renamed.
 """
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -60,8 +61,10 @@ def written(path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(aside, path)
-    except OSError as e:
-        raise UserError(f"could not write {path}: {e.strerror}; free some space and run the same command again: it goes on from here") from None
+    except OSError as e:                                              # the file may also be one that the body reads
+        about = f"{e.filename}: " if e.filename and str(e.filename) != str(aside) else ""
+        space = "free some space and " * (e.errno == errno.ENOSPC)
+        raise UserError(f"could not write {path}: {about}{e.strerror or e}; {space}run the same command again: it goes on from here") from None
 
 
 def write_json(path, value):
