@@ -247,6 +247,15 @@ def test_a_checkpoint_remembers_what_the_phases_were(mixed, tmp_path, world):
         run(world, tmp_path / "out", resume="auto", **changes)
 
 
+def test_a_run_with_phases_cannot_be_lengthened(mixed, tmp_path, world):
+    """Not even with --override_schedule: the borders are shares of the run and would move, and rows be read again."""
+    changes = {"data": str(mixed / "tokens"), "phases": str(mixed / "phases.toml")}
+    run(world, tmp_path / "out", **changes, max_steps=2)
+    for longer in ({"max_steps": 4}, {"max_steps": 0, "epochs": 2.0}):
+        with pytest.raises(UserError, match="max_steps was 2 .*with --phases use the old value"):
+            run(world, tmp_path / "out", resume="auto", override_schedule=True, **changes, **longer)
+
+
 @pytest.mark.parametrize("changes, says", [
     ({"curriculum": "unigram", "mix": [".:1"]}, "one data set, without --mix"), ({"curriculum_switch": 5}, "needs --curriculum"),
     ({"curriculum": "rarity"}, "is unknown"), ({"curriculum": "length", "competence": "cubic"}, "sqrt or linear"),

@@ -325,6 +325,17 @@ def test_a_full_disk_is_one_sentence(corpus, tmp_path, monkeypatch):
         write_splits(corpus["five"], tmp_path, corpus["tok"], 0.1, 1)
 
 
+def test_a_file_that_cannot_be_read_is_named_and_not_taken_for_a_full_disk(corpus, tmp_path):
+    """A run that vanishes before the shards are written: the sentence names it and does not advise to free space."""
+    def lose_a_run(function, items, label):
+        if label == "shuffle":
+            next((tmp_path / "encoded").glob("*.ids")).unlink()
+        return [function(item) for item in items]
+    with pytest.raises(UserError, match=r"could not write .*\.ids: No such file or directory; run the same") as e:
+        write_splits(corpus["one"], tmp_path, corpus["tok"], 0.1, 1, lose_a_run)
+    assert "space" not in str(e.value)
+
+
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(tmp_path, corpus):
     """Ten times the documents, the same peak within 60 MB (of which 20 B a document are the places)."""

@@ -150,6 +150,18 @@ def test_cutting_a_huge_text_does_not_change_its_ids():
         assert [piece for part in F.passages(text, 250) for piece in T.regex.findall(pattern, part)] == whole
 
 
+def test_cutting_a_huge_text_copies_it_once():
+    """Copying the rest for each passage would take time with the square of the length."""
+    class Counted(str):
+        def __getitem__(self, where):
+            part = str.__getitem__(self, where)
+            copied.append(len(part))
+            return Counted(part)
+    for text in ("word\n" * 2000, "x" * 10_000):
+        copied = []
+        assert "".join(F.passages(Counted(text), 250)) == text and sum(copied) == len(text)
+
+
 def test_the_pre_tokenizer_bounds_runs_and_splits_digits():
     """What the pattern promises, piece by piece."""
     def cut(text, vocab_size):
