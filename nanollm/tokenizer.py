@@ -13,8 +13,6 @@ Role words stay plain text: as control tokens they would vanish from every sente
 import codecs
 import hashlib
 import json
-import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import regex          # comes with tiktoken; Python's own `re` knows no \p{Han}
@@ -120,11 +118,6 @@ class Tokenizer:
 
     def __reduce__(self):                                              # so that worker processes can receive it
         return Tokenizer, (self.spec, self.raw)
-
-    def encode_batch(self, texts):
-        """A list of texts to a list of lists of ids; on several threads, since tiktoken releases Python's lock."""
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            return list(pool.map(self.encode, texts))
 
     def token_bytes(self, i):
         """The bytes an id stands for, perhaps a part of a character; b"" for control tokens."""

@@ -29,8 +29,8 @@ class Words:
         self.words = list(dict.fromkeys(w for t in texts for w in t.split()))
         self.eos_id, self.vocab_size, self.hash = len(self.words), len(self.words) + 1, "words"
 
-    def encode_batch(self, texts):
-        return [[self.words.index(w) for w in t.split()] for t in texts]
+    def encode(self, text):
+        return [self.words.index(w) for w in text.split()]
 
     def decode(self, ids):
         return " ".join(self.words[i] for i in ids if i < self.eos_id)
@@ -62,7 +62,7 @@ def test_an_ngram_counts_as_a_whole(tmp_path):
 def by_hand(data, texts, tok, measure):
     """The definitions, word by word, with dictionaries."""
     n = {"bigram": 2, "trigram": 3}.get(measure, 1)
-    docs = [ids + [tok.eos_id] for ids in tok.encode_batch(texts)]
+    docs = [tok.encode(text) + [tok.eos_id] for text in texts]
     grams = [tuple(d[i : i + n]) for d in docs for i in range(len(d) - n + 1)]
     scores = []                                                              # of each token: the n-gram that ends there
     for d in docs:

@@ -61,8 +61,8 @@ def test_sentences_end_where_a_reader_would_say(text, want):
 
 def test_a_quote_that_begins_a_document_does_not_belong_to_the_one_before():
     """Whatever stands before it in its batch."""
-    _, document, start, end = sentences.segments(["The end.", '"Go" is a word.'], Sentences(unit="sentence", min_chars=1))
-    assert list(zip(document.tolist(), start.tolist(), end.tolist())) == [(0, 0, 8), (1, 0, 15)]
+    _, document, start, end = sentences.segments(["完了。", '"Go" is a word.'], Sentences(unit="sentence", min_chars=1))
+    assert list(zip(document.tolist(), start.tolist(), end.tolist())) == [(0, 0, 3), (1, 0, 15)]
 
 
 def test_lines_are_lines_without_the_blanks_around_them():

@@ -74,8 +74,9 @@ def write_json(path, value):
 
 def encode(texts, tokenizer):
     """Texts to (the ids of all of them, each text closed by the end-of-text token, in the dtype of the vocabulary; their
-    lengths, int64). Raises UserError for an id that the vocabulary or a document may not hold."""
-    rows = [ids + [tokenizer.eos_id] for ids in tokenizer.encode_batch(texts)]
+    lengths, int64). In the calling thread: there is a process for each core, and threads within one only wait for Python's
+    lock. Raises UserError for an id that the vocabulary or a document may not hold."""
+    rows = [tokenizer.encode(text) + [tokenizer.eos_id] for text in texts]
     flat = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in rows])
     if flat.min() < 0 or flat.max() >= tokenizer.vocab_size:
         raise UserError(f"the tokenizer made id {flat.max()}, but its vocab_size is {tokenizer.vocab_size}: "
