@@ -105,7 +105,7 @@ def demo(cfg):
     model, tok, _ = checkpoint.load(root / "pretrain", device, "lm")
     val = TokenFile(root / "tokens", "val", model.args.max_seq_len, "documents", tok.hash)
     whole = evaluation.lm_loss(model, tok, val)
-    ends = val.ends.tolist()
+    ends = val.ends[:].tolist()
     texts = [tok.decode(val.tokens[a : b - 1].tolist()) for a, b in zip([0, *ends], ends)]         # without the EOS
     kinds = evaluation.loss_by_kind(model, tok, texts, world.parse)
     numbers["pretrain"] = {"val_loss": whole["loss"], "entropy_floor": kinds["all"]["floor"], "by_kind": kinds, "documents": len(texts),

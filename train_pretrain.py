@@ -29,7 +29,7 @@ from nanollm.sampler import Curriculum, Mixture, Sampler, permute, read_phases, 
 class Config:
     data: str = arg("out/demo/tokens", "directory of token files (prepare_data.py build)")
     rows: str = arg("stream", "stream: cut one long stream; documents: each row begins at a document's start")
-    mix: list = arg([], "NAME:WEIGHT of several sources, directories below --data (or anywhere), by their share of the tokens")
+    mix: list = arg([], "NAME:WEIGHT of several sources, directories below --data (or anywhere), by their share of the rows")
     phases: str = arg("", "a TOML file of mixtures that take turns during the run (docs/packing.md), instead of --mix")
     curriculum: str = arg("", "easy rows first: length, unigram, bigram, trigram, unigram_perplexity or model; a minus in front: hard first")
     competence: str = arg("sqrt", "how the share of rows in reach grows: sqrt or linear")

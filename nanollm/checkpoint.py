@@ -172,6 +172,9 @@ def resume(out_dir, which, ctx, model, optimizer, scaler, config, tokenizer):
         free |= set(split)
     changed = [k for k in now if k in then and k not in free and now[k] != then[k]]
     for key in changed:
+        if key in ("max_steps", "epochs") and then.get("phases"):
+            raise UserError(f"--resume: {key} was {then[key]!r} in {path.name} and is {now[key]!r} now; with --phases use the old value: "
+                            "phases end at shares of the run, so in one of another length they would begin elsewhere and read rows again")
         if key not in schedule or not config.override_schedule:
             raise UserError(f"--resume: {key} was {then[key]!r} in {path.name} and is {now[key]!r} now; use the old value"
                             + (", or add --override_schedule to change the schedule on purpose" if key in schedule else ""))

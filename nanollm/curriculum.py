@@ -69,13 +69,14 @@ def difficulty(data, measure):
     np.add.at(size, row, end - begin)
     n = {"bigram": 2, "trigram": 3}.get(measure, 1)
     if measure == "length":
-        lengths = np.diff(data.ends, prepend=0)
+        ends = data.ends[:]
+        lengths = np.diff(ends, prepend=0)
     else:
         counts, all_ngrams = ngram_counts(data, n)
     for at, tokens in chunks(data, n):
         places = at + np.arange(len(tokens) - n + 1)
         if measure == "length":
-            scores = lengths[np.searchsorted(data.ends, places, side="right")].astype(float)
+            scores = lengths[np.searchsorted(ends, places, side="right")].astype(float)
         else:
             key, inside = ngrams(tokens, n, data.meta["vocab_size"], data.meta["eos_id"])
             scores = np.where(inside, -np.log(np.maximum(counts[key], 1) / max(1, all_ngrams)), 0.0)

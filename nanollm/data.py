@@ -86,10 +86,11 @@ def tokenizer_of(directory):
 
 
 class Shards:
-    """Token arrays laid end to end: tokens[begin:end] is a copy as int64 and may run over their borders."""
+    """Arrays laid end to end: shards[begin:end] is a copy as int64 and may run over their borders. What stands in an array is
+    moved up by its number in `add`: document ends are counted from the beginning of their shard."""
 
-    def __init__(self, arrays):
-        self.arrays, self.first = arrays, np.cumsum([0, *map(len, arrays)])
+    def __init__(self, arrays, add=None):
+        self.arrays, self.first, self.add = arrays, np.cumsum([0, *map(len, arrays)]), add or [0] * len(arrays)
 
     def __len__(self):
         return int(self.first[-1])
@@ -99,14 +100,19 @@ class Shards:
         k, parts = int(np.searchsorted(self.first, begin, side="right")) - 1, []
         while begin < end:
             stop = min(end, int(self.first[k + 1]))
-            parts.append(self.arrays[k][begin - int(self.first[k]) : stop - int(self.first[k])])
+            parts.append(self.arrays[k][begin - int(self.first[k]) : stop - int(self.first[k])].astype(np.int64) + self.add[k])
             begin, k = stop, k + 1
-        return np.concatenate(parts, dtype=np.int64) if parts else np.empty(0, np.int64)
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+
+def mapped(path, dtype, n):
+    """The file's n numbers, mapped into memory and not read."""
+    return np.memmap(path, dtype=dtype, mode="r") if n else np.empty(0, dtype)                    # nothing cannot be mapped
 
 
 def open_tokens(directory, split):
-    """(the JSON as a dict, Shards, document ends as int64 offsets into them) of DIR/{split}.json and its shards, mapped into
-    memory; also of version 1, whose only shard is {split}.bin. Raises UserError for whatever does not fit together."""
+    """(the JSON as a dict, the tokens, the document ends as offsets into them; both Shards) of DIR/{split}.json and its shards,
+    mapped into memory; also of version 1, whose only shard is {split}.bin. Raises UserError for whatever does not fit together."""
     directory, rebuild = Path(directory), "copy it again, or build it again with prepare_data.py"
     sidecar = directory / f"{split}.json"
     try:
@@ -117,7 +123,7 @@ def open_tokens(directory, split):
         if shards is None:
             raise UserError(f"{sidecar} has version {meta['version']}; this program reads 1 and 2, a newer one wrote it")
         shards = [(directory / s["file"], s["n_tokens"], s["n_docs"]) for s in shards]
-        found = [(path.stat().st_size, np.fromfile(path.with_suffix(".idx"), "<u8").astype(np.int64)) for path, _, _ in shards]
+        found = [(path.stat().st_size, path.with_suffix(".idx").stat().st_size) for path, _, _ in shards]
     except FileNotFoundError as e:
         bare = f". {split}.bin alone does not say what its bytes are: tell it with `python -m nanollm.tools.describe --data {directory}`"
         raise UserError(f"--data {directory} has no {split} token file ({Path(e.filename).name} is missing); make it with `python prepare_data.py "
@@ -125,23 +131,25 @@ def open_tokens(directory, split):
                         + (bare if (directory / f"{split}.bin").is_file() and not sidecar.exists() else "")) from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{sidecar} does not describe a token file; make it again with prepare_data.py") from None
-    arrays, ends, first = [], [], 0
-    for (path, n_tokens, n_docs), (n_bytes, local) in zip(shards, found):
+    arrays, ends = [], []
+    for (path, n_tokens, n_docs), (n_bytes, idx_bytes) in zip(shards, found):
         if n_bytes != n_tokens * size:
             raise UserError(f"{path} has {n_bytes:,} bytes where {sidecar.name} promises {n_tokens * size:,}: a truncated copy; {rebuild}")
-        if len(local) != n_docs or local[-1:].sum() != n_tokens:
+        local = mapped(path.with_suffix(".idx"), "<i8", n_docs) if idx_bytes == 8 * n_docs else None
+        if local is None or local[-1:].sum() != n_tokens:
             raise UserError(f"{path.with_suffix('.idx')} does not belong to {path.name}; {rebuild}")
-        tokens = np.memmap(path, dtype=dtype, mode="r") if n_tokens else np.empty(0, dtype)       # nothing cannot be mapped
+        tokens = mapped(path, dtype, n_tokens)
         for at in np.linspace(0, n_tokens, 8, endpoint=False, dtype=np.int64):                    # spot checks, not a pass over it
             if tokens[at : at + 1024].max(initial=0) >= vocab_size:
                 raise UserError(f"{path} holds ids beyond the vocabulary of {vocab_size:,} near token {at:,}: written with another "
                                 f"tokenizer or dtype than {sidecar.name} says; {rebuild}")
         arrays.append(tokens)
-        ends.append(local + first)
-        first += n_tokens
-    if (first, sum(map(len, ends))) != (meta["n_tokens"], meta["n_docs"]):
+        ends.append(local)
+    tokens = Shards(arrays)
+    ends = Shards(ends, tokens.first.tolist())
+    if (len(tokens), len(ends)) != (meta["n_tokens"], meta["n_docs"]):
         raise UserError(f"{sidecar}: its shards do not add up to {meta['n_tokens']:,} tokens; {rebuild}")
-    return meta, Shards(arrays), np.concatenate([np.empty(0, np.int64), *ends])
+    return meta, tokens, ends
 
 
 class TokenFile:
@@ -168,19 +176,20 @@ class TokenFile:
                 raise UserError(f"{name} has {len(self.tokens):,} tokens, less than one row of --max_seq_len {max_seq_len} (and its "
                                 f"shift); use more text, a shorter --max_seq_len, or --rows documents")
             return
-        starts = np.concatenate(([0], self.ends))[:-1]
-        pieces = -(-(self.ends - starts) // max_seq_len)                     # pieces of each document
+        ends = self.ends[:]
+        starts = np.concatenate(([0], ends))[:-1]
+        pieces = -(-(ends - starts) // max_seq_len)                          # pieces of each document
         offset = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
         self.begin = np.repeat(starts, pieces) + offset * max_seq_len
-        self.end = np.minimum(self.begin + max_seq_len, np.repeat(self.ends, pieces))
+        self.end = np.minimum(self.begin + max_seq_len, np.repeat(ends, pieces))
         self.bins = pack(self.end - self.begin, max_seq_len)
         if not self.bins:
             raise UserError(f"{name} holds no document; use more text or a larger --val_fraction in prepare_data.py")
 
     def openings(self, tokenizer, n=3, length=8):
         """The first few tokens of the first documents as text: prompts for the log when none are given."""
-        starts = np.concatenate(([0], self.ends[:-1]))[:n]
-        texts = [tokenizer.decode(self.tokens[i : min(i + length, end - 1)].tolist()) for i, end in zip(starts, self.ends)]
+        ends = self.ends[:n].tolist()
+        texts = [tokenizer.decode(self.tokens[i : min(i + length, end - 1)].tolist()) for i, end in zip([0, *ends], ends)]
         return [t.rstrip("\ufffd") for t in texts]                         # a cut may split a character's bytes
 
     def __len__(self):

@@ -53,11 +53,13 @@ def no_surrogates(text):
 def passages(text, limit=200_000):
     """Cut a huge text where a line end has a visible character on both sides: every known pattern cuts there too, so
     the ids stay the same. Only a text without such a place is cut at `limit`, through a token if need be."""
-    while len(text) > limit:
-        cuts = [m.end() for m in regex.finditer(r"\S\n(?=\S)", text, endpos=limit)]
-        yield text[:cuts[-1] if cuts else limit]
-        text = text[cuts[-1] if cuts else limit:]
-    yield text
+    start = 0
+    while len(text) - start > limit:
+        cuts = [m.end() for m in regex.finditer(r"\S\n(?=\S)", text, pos=start, endpos=start + limit)]
+        end = cuts[-1] if cuts else start + limit
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import numpy as np
 from nanollm.config import UserError
 
 BLOCK = 4096                      # samples in which a mixture keeps its shares exactly
+GAMMA = 0x9E3779B97F4A7C15        # 2^64 / golden ratio, odd: the step of splitmix64
 
 
 def permute(index, n, key):
@@ -29,7 +30,7 @@ def permute(index, n, key):
     while todo.any():
         left, right = x[todo] >> half, x[todo] & mask
         for round in range(4):
-            h = (right + np.uint64((key * 4 + round) % 2**31)) * np.uint64(0x9E3779B97F4A7C15)
+            h = (right + np.uint64((key * 4 + round) % 2**31)) * np.uint64(GAMMA)
             h = (h ^ (h >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
             left, right = right, left ^ ((h ^ (h >> np.uint64(32))) & mask)
         x[todo] = (left << half) | right
@@ -37,23 +38,30 @@ def permute(index, n, key):
     return x.astype(np.int64)
 
 
+def mix64(x):
+    """A bijection of uint64 (an array) in which each input bit changes each output bit with probability 1/2: the finalizer
+    of MurmurHash3 with Stafford's constants (variant 13), as in splitmix64. Returns a new array."""
+    x = x ^ (x >> np.uint64(30))
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x
+
+
 def splitmix64(seed, index):
     """One random uint64 for each `index` (array of integers >= 0): the numbers of the generator of Steele, Lea & Flood
-    2014, figure 16, each computed from its place in the stream. Seeds are scattered first, so that seed 1 is not seed 0
-    one place on."""
-    def mix(z):
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
+    2014, figure 16, started at `seed`, each computed from its place in the stream."""
     index = np.atleast_1d(np.asarray(index)).astype(np.uint64)             # arrays wrap at 2^64 without a warning
-    start = mix(np.array([seed % 2**64], np.uint64))
-    return mix(start + (index + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
+    return mix64((index + np.uint64(1)) * np.uint64(GAMMA) + np.uint64(seed % 2**64))
 
 
 def uniform(seed, index):
-    """A number in [0, 1) for each `index`. Of 64 bits the upper 53 count, what a float64 holds: dividing all 64 by 2^64
-    would round the largest ones up to 1.0, and the row behind the last would be read."""
-    return (splitmix64(seed, index) >> np.uint64(11)) * 2.0 ** -53
+    """A number in [0, 1) for each `index`. Seeds are scattered first: those of one generator are places of one stream. Of
+    64 bits the upper 53 count, what a float64 holds: dividing all 64 by 2^64 would round the largest ones up to 1.0, and
+    the row behind the last would be read."""
+    start = int(mix64(np.array([seed % 2**64], np.uint64))[0])
+    return (splitmix64(start, index) >> np.uint64(11)) * 2.0 ** -53
 
 
 def shuffled(samples, n_rows, seed):
@@ -111,7 +119,7 @@ def read_phases(mix, path):
         until = 1.0
         mix = { books = 0.5, web = 0.5 }
 
-    Without either: []. Weights are shares of the rows, hence of the tokens; they need not add up to 1."""
+    Without either: []. Weights are shares of the rows; they need not add up to 1."""
     if mix and path:
         raise UserError("--mix and --phases both say what is read; give one of them")
     if mix:
@@ -173,8 +181,8 @@ def dealt(counts, key):
 
 
 class Mixture:
-    """Samples of several sources by weight, in phases. A source's samples come in the order in which a Sampler would read it
-    alone: when all its rows are used, its next epoch begins in a new order.
+    """Samples of several sources by weight, in phases. The samples of source s (0, 1, …) come in the order in which a Sampler
+    with the seed `seed` + s would read it alone: when all its rows are used, its next epoch begins in a new order.
 
     The stream is cut into blocks of 4,096 samples, the last block of a phase possibly shorter. In each a source gets its
     quota, dealt out at random, so the number of its samples before any place has a closed form and nothing is counted.
@@ -187,7 +195,7 @@ class Mixture:
         self.names, self.sizes, self.seed, self.total = sources_of(phases), np.array(sizes), seed, total
         self.weights = [np.array([weights.get(name, 0.0) for name in self.names]) for _, weights in phases]
         self.begins = np.array([round(until * total) for until, _ in [(0.0, {}), *phases[:-1]]])
-        self.ends = np.array([*self.begins[1:], np.iinfo(np.int64).max])   # the last phase goes on if the run is lengthened
+        self.ends = np.array([*self.begins[1:], np.iinfo(np.int64).max])   # behind the planned end, as in the last update, the last phase goes on
         self.before = np.zeros((len(phases), len(sizes)), np.int64)        # samples of each source before each phase
         for w in self.weights:
             for name in [n for n, weight, quota in zip(self.names, w, quotas(w, BLOCK)) if weight and not quota]:

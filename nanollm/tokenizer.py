@@ -13,8 +13,6 @@ Role words stay plain text: as control tokens they would vanish from every sente
 import codecs
 import hashlib
 import json
-import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import regex          # comes with tiktoken; Python's own `re` knows no \p{Han}
@@ -30,14 +28,14 @@ UNKNOWN, CONTINUED = "[UNK]", "##"                                   # WordPiece
 
 
 def pattern_for(vocab_size, han_run=16):
-    """The pre-tokenizer: a regex that cuts text into pieces; BPE never merges across two pieces.
+    """The pre-tokenizer: a regex (str) that cuts text into pieces; BPE never merges across two pieces. GPT-4's, but:
 
-    GPT-4's, with a branch of its own for Han characters, at most han_run of them (Chinese writes no blanks, so a whole clause would be
-    one piece and punctuation would stick to it; 1 is Chinese by character) and every repetition bounded: pieces are short whatever the text, so
-    encoding takes linear time and no engine runs out of stack on a million blanks. Digits stand alone in a small
-    vocabulary and by two in a large one, else numbers eat it. The same string works in Python's `regex`, tiktoken's
-    fancy-regex and Oniguruma (Hugging Face): hence no (?i), no `$` and no possessive braces, which differ. (Each engine
-    has its own Unicode tables, so characters younger than the oldest of them may be cut differently.)
+    - Han characters have a branch of their own, at most han_run of them: Chinese writes no blanks, so a whole clause would
+      be one piece and punctuation would stick to it. 1 is Chinese by character.
+    - Every repetition is bounded, so pieces are short: linear time, and no engine runs out of stack on a million blanks.
+    - Digits stand alone up to a vocabulary of 8,192 and by two above, else numbers eat it.
+    - No (?i), `$` or possessive braces: the same string works in `regex`, tiktoken's fancy-regex and Oniguruma (Hugging
+      Face). Characters younger than the oldest of their Unicode tables may still be cut differently.
     """
     digits = r"\p{N}" if vocab_size <= 8192 else r"\p{N}{1,2}"
     return (r"'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])"                 # 's 'll …
@@ -120,11 +118,6 @@ class Tokenizer:
 
     def __reduce__(self):                                              # so that worker processes can receive it
         return Tokenizer, (self.spec, self.raw)
-
-    def encode_batch(self, texts):
-        """A list of texts to a list of lists of ids; on several threads, since tiktoken releases Python's lock."""
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            return list(pool.map(self.encode, texts))
 
     def token_bytes(self, i):
         """The bytes an id stands for, perhaps a part of a character; b"" for control tokens."""

@@ -155,6 +155,17 @@ def test_the_sample_is_bounded_and_spread_over_the_stream():
     assert "".join(sample([book], 1 << 20, say=None)) == book            # a long document is cut, not cut off
 
 
+def test_a_passage_that_stands_everywhere_does_not_empty_the_sample():
+    """Its copies alone exceed max_bytes: as many of them stay as fit, in whatever order the stream comes. (If it went with all
+    its copies, nothing would be left to learn from.)"""
+    page = "the same page again and again " * 10                              # 300 bytes
+    assert sample([page] * 100, 1000, say=None) == [page] * 3
+    assert train_bpe([page] * 100, 400, pattern_for(400), max_bytes=1000, say=None)
+    stream = [*(f"another page, number {i}" for i in range(50)), *[page] * 100]
+    kept = sample(stream, 5000, say=None)
+    assert page in kept and 4700 < sum(map(len, kept)) <= 5000 and sorted(kept) == sorted(sample(stream[::-1], 5000, say=None))
+
+
 def test_pieces_that_are_no_words_teach_nothing():
     """A ruler of 300 signs or a base64 block would otherwise fill the vocabulary with itself."""
     counts = count_pieces(["=" * 300 + " word word"] * 5, r"\S+|\s+")

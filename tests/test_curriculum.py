@@ -29,8 +29,8 @@ class Words:
         self.words = list(dict.fromkeys(w for t in texts for w in t.split()))
         self.eos_id, self.vocab_size, self.hash = len(self.words), len(self.words) + 1, "words"
 
-    def encode_batch(self, texts):
-        return [[self.words.index(w) for w in t.split()] for t in texts]
+    def encode(self, text):
+        return [self.words.index(w) for w in text.split()]
 
     def decode(self, ids):
         return " ".join(self.words[i] for i in ids if i < self.eos_id)
@@ -62,7 +62,7 @@ def test_an_ngram_counts_as_a_whole(tmp_path):
 def by_hand(data, texts, tok, measure):
     """The definitions, word by word, with dictionaries."""
     n = {"bigram": 2, "trigram": 3}.get(measure, 1)
-    docs = [ids + [tok.eos_id] for ids in tok.encode_batch(texts)]
+    docs = [tok.encode(text) + [tok.eos_id] for text in texts]
     grams = [tuple(d[i : i + n]) for d in docs for i in range(len(d) - n + 1)]
     scores = []                                                              # of each token: the n-gram that ends there
     for d in docs:
@@ -180,7 +180,7 @@ def test_the_tools_write_what_training_reads(world, tmp_path, capsys):
     data.tokens[0 : len(data.tokens)].astype("<u2").tofile(tmp_path / "bare" / "train.bin")
     describe.main(describe.Config(str(tmp_path / "bare"), "train", "uint16", str(world / "tokens" / "tokenizer")))
     bare = TokenFile(tmp_path / "bare", "train", 32, tokenizer_hash=tok.hash)
-    assert np.array_equal(bare.ends, data.ends) and bare.meta["n_bytes"] == data.meta["n_bytes"]
+    assert np.array_equal(bare.ends[:], data.ends[:]) and bare.meta["n_bytes"] == data.meta["n_bytes"]
 
 
 # ---- whole runs ----------------------------------------------------------------------------------------------------
@@ -245,6 +245,15 @@ def test_a_checkpoint_remembers_what_the_phases_were(mixed, tmp_path, world):
     (tmp_path / "phases.toml").write_text(text.replace("0.75", "0.7"), encoding="utf-8")
     with pytest.raises(UserError, match="--resume: phases was"):
         run(world, tmp_path / "out", resume="auto", **changes)
+
+
+def test_a_run_with_phases_cannot_be_lengthened(mixed, tmp_path, world):
+    """Not even with --override_schedule: the borders are shares of the run and would move, and rows be read again."""
+    changes = {"data": str(mixed / "tokens"), "phases": str(mixed / "phases.toml")}
+    run(world, tmp_path / "out", **changes, max_steps=2)
+    for longer in ({"max_steps": 4}, {"max_steps": 0, "epochs": 2.0}):
+        with pytest.raises(UserError, match="max_steps was 2 .*with --phases use the old value"):
+            run(world, tmp_path / "out", resume="auto", override_schedule=True, **changes, **longer)
 
 
 @pytest.mark.parametrize("changes, says", [

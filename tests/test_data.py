@@ -1,5 +1,6 @@
 """Every token a target once; every format to one form; nothing lost in silence."""
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -111,7 +112,7 @@ def test_document_rows_cover_every_token_once(tokens, tok):
         begin = train.begin[i]
         got += [(begin + t, v) for t, v in enumerate(targets.tolist())]
         assert inputs[0] == (flat[begin - 1] if begin else tok.eos_id)
-        assert (inputs[0] == tok.eos_id) == (begin == 0 or begin in train.ends)
+        assert (inputs[0] == tok.eos_id) == (begin == 0 or begin in train.ends[:])
         assert inputs[1:].tolist() == targets[:-1].tolist()
     assert sorted(got) == list(enumerate(flat.tolist()))
     assert sorted(sum(train.bins, [])) == list(range(len(train.begin)))
@@ -135,6 +136,24 @@ def test_document_rows_predict_each_document_as_if_alone(tokens):
 def test_an_empty_share_of_an_update_is_a_batch_without_targets(tokens, rows):
     x, y, _ = TokenFile(tokens, "train", 48, rows).batch([])
     assert len(x) == 1 and (y == IGNORE_INDEX).all()
+
+
+def test_opening_a_stream_does_not_read_where_its_documents_end(tmp_path):
+    """Two million documents of one token: their ends, 16 MB, are mapped. Read, they would be a copy for each rank and split."""
+    n = 2_000_000
+    with open(tmp_path / "train.bin", "wb") as f:
+        f.truncate(2 * n)
+    with open(tmp_path / "train.idx", "wb") as f:
+        f.truncate(8 * n - 8)
+        f.seek(0, 2)
+        f.write(np.array([n], "<u8").tobytes())
+    (tmp_path / "train.json").write_text(json.dumps({"version": 1, "dtype": "uint16", "vocab_size": 8, "eos_id": 7, "tokenizer_hash": "",
+                                                     "n_tokens": n, "n_docs": n, "n_bytes": 0}), encoding="utf-8")
+    tracemalloc.start()
+    train = TokenFile(tmp_path, "train", 64)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20 and train.ends[n - 1 :].tolist() == [n] and len(train.ends) == n
 
 
 def test_openings_are_the_first_words_of_documents(tokens, tok):

@@ -60,7 +60,7 @@ def test_every_token_of_the_validation_file_is_predicted_once(world, tok):
     longer than the context are cut, not left out."""
     model = tiny_lm(max_seq_len=16)
     data = TokenFile(world / "tokens", "val", 16, "documents", tok.hash)
-    ends = data.ends.tolist()
+    ends = data.ends[:].tolist()
     rows = [data.tokens[a:b].tolist() for a, b in zip([0, *ends], ends)]
     from_file = evaluation.lm_loss(model, tok, data)
     from_text = evaluation.lm_loss(model, tok, [tok.decode(row[:-1]) for row in rows])

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from nanollm.config import UserError
 from nanollm.corpus import pack
 from nanollm.corpus.pack import content_hash, describe, write_splits, write_tokens
 from nanollm.data import Joined, TokenFile, open_tokens
-from nanollm.losses import cross_entropy
+from nanollm.losses import IGNORE_INDEX, cross_entropy
 from nanollm.sampler import permute, shuffled
 from nanollm.tokenizer import char_tokenizer
 
@@ -29,7 +30,7 @@ from nanollm.tokenizer import char_tokenizer
 def read_back(directory, split, tok):
     """The documents of a split as texts, in its order."""
     _, tokens, ends = open_tokens(directory, split)
-    return [tok.decode(tokens[a : b - 1].tolist()) for a, b in zip([0, *ends.tolist()], ends.tolist())]
+    return [tok.decode(tokens[a : b - 1].tolist()) for a, b in zip([0, *ends[:].tolist()], ends[:].tolist())]
 
 
 def files(directory):
@@ -137,7 +138,7 @@ def test_ids_that_a_file_may_not_hold_are_refused(tmp_path, ids, says):
     """Beyond the vocabulary, rather than wrapped round by the cast; or the separator inside a document."""
     class Broken:
         vocab_size, eos_id, hash = 64, 63, ""
-        encode_batch = staticmethod(lambda texts: [list(ids) for _ in texts])
+        encode = staticmethod(lambda text: list(ids))
     with pytest.raises(UserError, match=says):
         write_tokens(tmp_path, "train", ["x"], Broken())
     assert not (tmp_path / "train.json").exists()
@@ -173,7 +174,7 @@ def test_the_json_adds_up(split, tok):
         assert meta["n_bytes"] == sum(len(t.encode()) for t in texts)
         assert sum(meta["sources"].values()) == meta["n_tokens"] == sum(s["n_tokens"] for s in meta["shards"])
         web = [t for t in texts if TEXTS.index(t) % 3 == 0]
-        assert meta["sources"]["web"] == sum(len(ids) + 1 for ids in tok.encode_batch(web))
+        assert meta["sources"]["web"] == sum(len(tok.encode(text)) + 1 for text in web)
         for s in meta["shards"]:
             assert hashlib.blake2b((split / s["file"]).read_bytes(), digest_size=16).hexdigest() == s["blake2b"]
     assert len(meta["shards"]) >= 1 and not (split / "encoded").exists() and (split / "tokenizer").is_dir()
@@ -235,7 +236,7 @@ def test_interrupted_at_random_and_run_again_the_bytes_are_the_same(split, corpu
         except Killed:
             for name in ("train", "val"):                                    # a split can be opened only when it is whole
                 with contextlib.suppress(UserError):
-                    assert np.array_equal(open_tokens(tmp_path / "out", name)[2], open_tokens(split, name)[2])
+                    assert np.array_equal(open_tokens(tmp_path / "out", name)[2][:], open_tokens(split, name)[2][:])
     monkeypatch.setattr(pack, "written", whole)
     write_splits(corpus["five"], tmp_path / "out", corpus["tok"], 0.1, 1, shard_tokens=1500)
     assert files(tmp_path / "out") == files(split)
@@ -287,6 +288,27 @@ def test_sources_that_cannot_be_told_apart_on_the_disk_are_refused(corpus, tmp_p
         write_splits(make_parts(tmp_path / "parts", sources=sources), tmp_path / "out", corpus["tok"], 0.1, 1, by_source=True)
 
 
+def test_encoding_opens_no_threads(corpus, tmp_path, monkeypatch):
+    """There is a process for each core already; a pool of threads for every batch made each of them slower."""
+    monkeypatch.setattr(threading.Thread, "start", lambda self: pytest.fail("a thread was started"))
+    texts = ["a text", "and another one"]
+    ids, lengths = pack.encode(texts, tiny_tokenizer())
+    assert lengths.tolist() == [len(tiny_tokenizer().encode(text)) + 1 for text in texts] and len(ids) == lengths.sum()
+
+
+def test_weights_are_shares_of_rows_and_not_of_tokens_where_rows_are_padded(tmp_path, tok):
+    """Rows of documents: long texts fill theirs, one short text that fits with no other leaves most of its row empty. At 1:1
+    the long ones then give far more of the targets; in streams, where no row is padded, as many."""
+    for name, texts in (("long", ["the dog ran home and " * 40] * 20), ("short", ["the cat sat"] * 5)):
+        (tmp_path / name).mkdir()
+        write_tokens(tmp_path / name, "train", texts, tok)
+    targets = {}
+    for rows in ("documents", "stream"):
+        both = [TokenFile(tmp_path / name, "train", 32, rows) for name in ("long", "short")]
+        targets[rows] = [float((data.batch([0])[1] != IGNORE_INDEX).sum()) for data in both]
+    assert targets["stream"] == [32, 32] and targets["documents"][0] == 32 > targets["documents"][1]
+
+
 def test_at_least_one_document_is_held_out_and_the_smallest_hash_decides(corpus, tmp_path, tok):
     """A share too small for a small corpus still leaves something to validate on, whatever the cut into parts."""
     for k, parts in enumerate((corpus["one"], corpus["five"])):
@@ -323,6 +345,17 @@ def test_a_full_disk_is_one_sentence(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="could not write .*No space left on device; free some space and run the same command again"):
         write_splits(corpus["five"], tmp_path, corpus["tok"], 0.1, 1)
+
+
+def test_a_file_that_cannot_be_read_is_named_and_not_taken_for_a_full_disk(corpus, tmp_path):
+    """A run that vanishes before the shards are written: the sentence names it and does not advise to free space."""
+    def lose_a_run(function, items, label):
+        if label == "shuffle":
+            next((tmp_path / "encoded").glob("*.ids")).unlink()
+        return [function(item) for item in items]
+    with pytest.raises(UserError, match=r"could not write .*\.ids: No such file or directory; run the same") as e:
+        write_splits(corpus["one"], tmp_path, corpus["tok"], 0.1, 1, lose_a_run)
+    assert "space" not in str(e.value)
 
 
 @pytest.mark.slow
@@ -400,9 +433,8 @@ def test_a_file_as_long_as_a_row_works_and_a_shorter_one_says_so(tmp_path, n_tok
     rows that do not overlap loses one in T)."""
     class Ones:
         vocab_size, eos_id, hash = 9, 8, ""
-        encode_batch = staticmethod(lambda texts: [[1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 4, 5, 6, 7] * 2][:1])
-    full = Ones.encode_batch(0)[0]
-    Ones.encode_batch = staticmethod(lambda texts: [full[: n_tokens - 1]])
+        encode = staticmethod(lambda text: full[: n_tokens - 1])
+    full = [1, 2, 3, 4, 5, 6, 7] * 6
     write_tokens(tmp_path, "train", ["x"], Ones())
     if rows is None:
         with pytest.raises(UserError, match="less than one row of --max_seq_len 16"):
@@ -463,7 +495,7 @@ def test_mapping_a_file_reads_nothing_and_changes_nothing(tmp_path):
 def test_a_bare_file_is_read_once_its_dtype_is_told(tmp_path, tok, dtype):
     """nanoGPT, llama2.c and others write ids and nothing else. We do not guess: without a JSON it is refused, with it the file is
     like our own; the text behind the last EOS counts as a document."""
-    rows = [ids + [tok.eos_id] for ids in tok.encode_batch(TEXTS[:30])]
+    rows = [tok.encode(text) + [tok.eos_id] for text in TEXTS[:30]]
     np.concatenate([*rows, tok.encode("The end")]).astype(dtype).tofile(tmp_path / "train.bin")
     with pytest.raises(UserError, match="does not say what its bytes are"):
         TokenFile(tmp_path, "train", 32)

@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 
 from nanollm.config import UserError
 from nanollm.dist import Context
-from nanollm.sampler import (BLOCK, Curriculum, Mixture, Sampler, competence, permute, quotas, read_phases, shuffled, sources_of, splitmix64,
+from nanollm.sampler import (BLOCK, GAMMA, Curriculum, Mixture, Sampler, competence, permute, quotas, read_phases, shuffled, sources_of, splitmix64,
                              uniform)
 
 
@@ -107,8 +107,12 @@ def test_the_order_of_a_single_data_set_never_changes():
 
 
 def test_numbers_are_those_of_the_published_generator():
-    """SplitMix64 seeded with 0 begins with these three; place 2 is known without the ones before it; seeds do not overlap."""
+    """SplitMix64 seeded with 0 begins with these three, and seeded with 1234567 with these five, as the reference in C prints
+    them; place 2 is known without the ones before it; seeds do not overlap, not even when one is a place of the other."""
     assert splitmix64(0, [0, 1, 2]).tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert splitmix64(1234567, np.arange(5)).tolist() == [
+        6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    assert splitmix64(GAMMA, 0) == splitmix64(0, 1) and uniform(GAMMA, 0) != uniform(0, 1)
     assert splitmix64(0, 2)[0] == 0x06C45D188009454F
     assert len({int(x) for seed in range(50) for x in splitmix64(seed, np.arange(100))}) == 5000
 
@@ -218,9 +222,12 @@ def test_ranks_and_micro_batches_do_not_change_what_an_update_reads(world_size, 
         assert rows(batch_size, G, world_size, step) == rows(3, 4, 1, step)
 
 
-def test_a_longer_run_keeps_what_was_read():
-    """Without phases the length of the run plays no part, so a run may be lengthened on resuming."""
+def test_a_longer_run_keeps_what_was_read_but_not_with_phases():
+    """Without phases the length of the run plays no part, so a run may be lengthened on resuming. Phases end at shares of the
+    run: lengthened from 8,192 to 16,384 samples, its second half would read all 4,096 of b a second time."""
     assert np.array_equal(mixture(total=5000)(np.arange(20_000)), mixture(total=90_000)(np.arange(20_000)))
+    short, long = (mixture((10_000, 10_000), total=n, phases=[(0.5, {"a": 1.0}), (1.0, {"b": 1.0})]) for n in (8192, 16_384))
+    assert set(short(np.arange(4096, 8192)).tolist()) <= set(long(np.arange(8192, 16_384)).tolist())
 
 
 def test_the_report_says_how_often_each_source_is_read():

@@ -49,11 +49,20 @@ def segment_texts(text, **settings):
     ("一二三。四五六！真的？？他说：“走吧。”然后走了……完", ["一二三。", "四五六！", "真的？？", "他说：“走吧。”", "然后走了……", "完"]),
     ("It costs 3.14 now. Buy it! No.\nNew line", ["It costs 3.14 now.", "Buy it!", "No.", "New line"]),
     ('He said "stop." Then he left.', ['He said "stop."', "Then he left."]),
+    ("他说（“走吧。”）然后离开了。", ["他说（“走吧。”）", "然后离开了。"]),
+    ('He left (she said "why?"). "Stop," he cried.\n"No." (He ran.)', ['He left (she said "why?").', '"Stop," he cried.', '"No."', "(He ran.)"]),
     ("  \n\n ", []),
 ])
 def test_sentences_end_where_a_reader_would_say(text, want):
-    """Closing quotes belong to the sentence, a point in a number ends none, a line end always does."""
+    """Closing quotes and brackets belong to the sentence, however many; a quote behind a blank begins the next one. A point in a
+    number ends none, a line end always does."""
     assert segment_texts(text, unit="sentence") == want
+
+
+def test_a_quote_that_begins_a_document_does_not_belong_to_the_one_before():
+    """Whatever stands before it in its batch."""
+    _, document, start, end = sentences.segments(["完了。", '"Go" is a word.'], Sentences(unit="sentence", min_chars=1))
+    assert list(zip(document.tolist(), start.tolist(), end.tolist())) == [(0, 0, 3), (1, 0, 15)]
 
 
 def test_lines_are_lines_without_the_blanks_around_them():

@@ -5,11 +5,13 @@ import sys
 from itertools import combinations
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from conftest import ROOT
 from datasketch import MinHash
 
-from nanollm.corpus import ngrams, simhash
+from nanollm.corpus import dedup, ngrams, simhash
+from nanollm.corpus.dedup import DedupConfig
 
 RNG = random.Random(5)
 VOCABULARY = ["".join(RNG.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(RNG.randint(3, 8))) for _ in range(2000)]
@@ -40,6 +42,18 @@ def removed(pairs, count):
         if any(i not in gone for i in partners.get(j, ())):
             gone.add(j)
     return gone
+
+
+def edges_within(prints, k=3, near=dedup.simhash_edges):
+    """The edges that deduplication finds, each once: int64 (M, 2), sorted."""
+    edges = dedup.distinct(np.concatenate([np.zeros(0, np.uint64), *near(np.asarray(prints, dtype=np.uint64), k)]))
+    pairs = np.stack(dedup.unpack(edges), axis=1)
+    return pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
+
+
+def unverified(prints, k):
+    """All pairs that agree in one table, however far apart."""
+    return (edges for mask in simhash.tables(k) for edges in dedup.edges_of_band(prints & mask))
 
 
 def clustered(count, seed=0, flips=12):
@@ -137,13 +151,16 @@ def test_three_flipped_bits_always_leave_one_of_four_blocks_intact():
     flipped = bits[triples].sum(axis=1, dtype=np.uint64)
     assert len(flipped) == 41_664 and np.logical_or.reduce([(flipped & m) == 0 for m in masks]).all()
     assert all(bits[[0, 16, 32, 48]].sum(dtype=np.uint64) & m for m in masks)
+    tables = simhash.tables(3)
+    assert len(tables) == 16 and {int(t).bit_count() for t in tables} == {28}
+    assert np.logical_or.reduce([(flipped & t) == 0 for t in tables]).all()
 
 
 @pytest.mark.parametrize("k", [0, 1, 2, 3, 6, 10])
 def test_edges_are_exactly_the_pairs_of_brute_force(k):
     prints = clustered(300)
     want = [(i, j) for i, j in combinations(range(300), 2) if int(prints[i] ^ prints[j]).bit_count() <= k]
-    assert len(want) > 10 and simhash.simhash_edges(prints, k).tolist() == [list(pair) for pair in want]
+    assert len(want) > 10 and edges_within(prints, k).tolist() == [list(pair) for pair in want]
 
 
 def test_every_pair_at_distance_three_is_found_whatever_bits_differ():
@@ -151,20 +168,32 @@ def test_every_pair_at_distance_three_is_found_whatever_bits_differ():
     triples = np.array(list(combinations(range(64), 3)))
     flips = (np.uint64(1) << triples.astype(np.uint64)).sum(axis=1, dtype=np.uint64)
     prints = np.random.default_rng(1).integers(0, 2**64, len(flips), dtype=np.uint64)
-    edges = simhash.simhash_edges(np.concatenate([prints, prints ^ flips]), 3)
+    edges = edges_within(np.concatenate([prints, prints ^ flips]), 3)
     assert edges.tolist() == [[i, i + len(flips)] for i in range(len(flips))]
 
 
-def test_each_candidate_comes_once_although_several_blocks_are_equal():
-    """Equal fingerprints agree in all four blocks."""
-    prints = np.array([7, 7, 7, 9], dtype=np.uint64)
-    pairs = [(int(i), int(j)) for a, b in simhash.candidates(prints) for i, j in zip(a, b)]
-    assert len(pairs) == len(set(pairs)) == 6
+def test_a_template_is_no_square():
+    """20,000 pages with one fingerprint: each is paired with the first and its neighbour, not with all 200 million pairs, and
+    a page three bits off finds the first, too."""
+    prints = np.full(20_000, 0x0123456789ABCDEF, dtype=np.uint64)
+    prints[-1] ^= np.uint64(1 | 1 << 20 | 1 << 63)
+    assert sum(len(edges) for edges in dedup.simhash_edges(prints, 3)) <= 16 * 2 * 20_000
+    edges = edges_within(prints)
+    assert len(edges) <= 2 * 20_000 and set(edges[edges[:, 0] == 0, 1].tolist()) == set(range(1, 20_000))
+
+
+def test_texts_without_letters_and_digits_have_no_fingerprint_and_no_partner():
+    """They would all collide at 0: rows of signs and emoji go only if equal."""
+    texts = ["😀" * 30, "🚀" * 30 + "=", "+" * 40, "😀" * 30]
+    assert not simhash.fingerprints(texts).any()
+    table = dedup.sketch(pa.table({"text": texts}), DedupConfig(sketch="simhash"))
+    assert table["units"].to_pylist() == [0] * 4
+    assert dedup.deduplicate_texts(texts, DedupConfig(sketch="simhash")) == [None, None, None, (0, "exact", 1.0)]
 
 
 def test_few_or_no_documents_have_no_edges():
     for prints in ([], [5]):
-        assert simhash.simhash_edges(np.array(prints, dtype=np.uint64)).shape == (0, 2)
+        assert edges_within(np.array(prints, dtype=np.uint64)).shape == (0, 2)
 
 
 # ---- what follows for deduplication ----------------------------------------------------------------------------------
@@ -177,9 +206,9 @@ def test_verification_changes_what_is_removed():
     laughs = ["哈" * 400 + "".join(rng.choice(HAN) for _ in range(12)) for _ in range(2)]       # one feature outweighs all
     texts = [base, base + " again", *laughs] + [text_of(page(rng, 2)) for _ in range(1500)]
     prints = simhash.fingerprints(texts)
-    prints[-1] = prints[-2] ^ np.uint64(0x0000FFFFFFFFFFFF)                                      # one equal block of four
-    candidates = np.concatenate([np.stack(pair, axis=1) for pair in simhash.candidates(prints)])
-    edges = simhash.simhash_edges(prints)
+    prints[-1] = prints[-2] ^ np.uint64(0x0000000FFFFFFFFF)                    # one equal table of 16, and 36 other bits
+    candidates = edges_within(prints, near=unverified)
+    edges = edges_within(prints)
     sets = [set(ngrams.shingles([text], 3)[0].tolist()) for text in texts]
     true = [(i, j) for i, j in edges.tolist() if len(sets[i] & sets[j]) / len(sets[i] | sets[j]) >= 0.7]
     by_block, by_hamming, by_jaccard = (removed(pairs, len(texts)) for pairs in (candidates, edges, true))
@@ -190,7 +219,7 @@ def test_a_larger_threshold_never_removes_less_but_a_larger_distance_is_less_sim
     """E22, Q43: the notes say "the larger the Hamming distance, the higher the share removed". That holds for the
     threshold k (documents near any earlier one, kept or not), and the other way round for the distance itself."""
     prints = clustered(600, seed=4)
-    gone = [len(np.unique(simhash.simhash_edges(prints, k)[:, 1])) for k in range(11)]
+    gone = [len(np.unique(edges_within(prints, k)[:, 1])) for k in range(11)]
     assert gone == sorted(gone) and gone[0] < gone[3] < gone[10]
     rng = random.Random(8)
     base = page(rng)
@@ -207,8 +236,8 @@ def test_keeping_first_greedily_a_larger_threshold_can_remove_less():
     that one, stay."""
     earlier, centre = 0b0, 0b111
     prints = np.array([earlier, centre, *(centre | 0b11 << place for place in (3, 5, 7))], dtype=np.uint64)
-    assert removed(simhash.simhash_edges(prints, 2), 5) == {2, 3, 4}
-    assert removed(simhash.simhash_edges(prints, 3), 5) == {1}
+    assert removed(edges_within(prints, 2), 5) == {2, 3, 4}
+    assert removed(edges_within(prints, 3), 5) == {1}
 
 
 def test_minhash_and_simhash_find_different_edits():

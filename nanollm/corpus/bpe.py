@@ -24,24 +24,24 @@ MAX_PIECE = 256           # bytes; longer pieces are no words (rulers, base64) a
 def sample(texts, max_bytes, say=print):
     """Passages of `texts`, in all at most `max_bytes` of UTF-8 and never more in memory, in the order of the stream.
 
-    Those whose content has the smallest hashes: whenever the sample grows too large, the largest hash goes. So the
-    whole stream is represented evenly, whatever its order and length, and twice the same input gives the same sample.
+    Those whose content has the smallest hashes: whenever the sample grows too large, the largest hash goes, of equal
+    passages the last one. So the whole stream is represented evenly, whatever its order and length, and twice the same
+    input gives the same sample.
     """
-    kept, size, seen, limit = [], 0, 0, 1 << 64                        # kept: a heap, the largest hash on top
+    kept, size, seen, limit = [], 0, 0, (1 << 64, 0)                   # kept: a heap, the largest (hash, place) on top
     for text in texts:
         text = no_surrogates(text)
         for start in range(0, len(text), PASSAGE):
             data = text[start:start + PASSAGE].encode("utf-8")
             key = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
-            if key < limit:
-                heapq.heappush(kept, (-key, seen, data))
+            if (key, seen) < limit:
+                heapq.heappush(kept, (-key, -seen, data))
                 size += len(data)
             seen += len(data)
             while size > max_bytes:
-                limit = -kept[0][0]
-                while kept and -kept[0][0] == limit:                   # a passage goes with all its copies
-                    size -= len(heapq.heappop(kept)[2])
-    kept.sort(key=lambda passage: passage[1])
+                key, place, data = heapq.heappop(kept)
+                limit, size = (-key, -place), size - len(data)
+    kept.sort(key=lambda passage: -passage[1])
     if say:
         say(f"tokenizer: sample of {size / 1e6:.1f} MB out of {seen / 1e6:.1f} MB in {len(kept):,} passages")
     return [data.decode("utf-8") for _, _, data in kept]
@@ -176,7 +176,7 @@ def learn_merges(counts, n_merges, min_count=2):
 def train_bpe(texts, vocab_size, pattern, max_bytes=16 << 20, say=print):
     """Merges [(left id, right id)] for a vocabulary of `vocab_size` ids, the 256 bytes and the control tokens included.
 
-    Learned from a sample of `max_bytes`: about 56 bytes of memory for each byte of distinct pieces (Chinese verse is
+    Learned from a sample of `max_bytes`: about 60 bytes of memory for each byte of distinct pieces (Chinese verse is
     nearly all distinct: 1 GB for 16 MiB; English prose repeats its words and needs a tenth of that).
 
     A corpus too small for that many returns fewer merges and says so; the tokenizer is then smaller than asked for

@@ -22,6 +22,7 @@ import math
 import os
 import shutil
 import tempfile
+import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -60,7 +61,7 @@ class DedupConfig:
     cluster: str = "greedy"               # greedy | cc (connected components)
     keep: str = "first"                   # which of several copies stays: first | longest | best (column quality)
     verify: bool = True                   # False believes every candidate: only to see what that costs
-    min_units: int = 20                   # shorter documents go only if equal
+    min_units: int = 20                   # shorter documents go only if equal to the character
     hamming: int = 3                      # simhash: candidates differ in at most so many of 64 bits
     seed: int = 1
 
@@ -104,13 +105,15 @@ def slices(texts):
         yield begin, len(texts)
 
 
-def text_keys(texts):
-    """blake2b-128 of each text's characters as they are compared (minhash.characters), as (documents, 2) uint64. Texts of
-    nothing but blanks and punctuation are compared as they are: they would all be equal otherwise."""
-    codes, offsets = minhash.characters(texts)
+def text_keys(texts, short):
+    """blake2b-128 of each text, as (documents, 2) uint64: two texts with one key are exact copies. Prose counts without case,
+    blanks and punctuation, but with the signs of arithmetic and code (minhash.characters, signs=True): nobody verifies
+    these copies. The texts that are `short`, bool (documents,), are compared as they are, in NFC."""
+    codes, offsets = minhash.characters(texts, signs=True)
     data = codes.astype("<u4").tobytes()
-    digests = [hashlib.blake2b(data[4 * a:4 * b] if b > a else b"\0" + text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-               for text, a, b in zip(texts, offsets.tolist(), offsets[1:].tolist())]
+    digests = [hashlib.blake2b(b"\0" + unicodedata.normalize("NFC", text).encode("utf-8", "surrogatepass") if alone else data[4 * a:4 * b],
+                               digest_size=16).digest()
+               for text, alone, a, b in zip(texts, short.tolist(), offsets.tolist(), offsets[1:].tolist())]
     return np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2)
 
 
@@ -135,14 +138,15 @@ def sketch(table, cfg):
     keys, lengths = np.zeros((len(texts), 2), dtype=np.uint64), np.zeros(len(texts), dtype=np.int64)
     values = np.zeros((len(texts), {"datasketch": 0, "simhash": 1}.get(cfg.sketch, bands)), dtype=np.uint64)
     for a, b in slices(texts):
-        keys[a:b] = text_keys(texts[a:b])
         if cfg.sketch in ("datasketch", "simhash"):
             lengths[a:b] = np.diff(minhash.units(texts[a:b], cfg.shingle)[1])
             if cfg.sketch == "simhash":
                 values[a:b, 0] = simhash.fingerprints(texts[a:b])
+                lengths[a:b][values[a:b, 0] == 0] = 0     # no letter and no digit: all such texts would be near each other
         else:
             signature, lengths[a:b] = signatures(texts[a:b], cfg)
             values[a:b] = minhash.band_hashes(signature, bands, rows)
+        keys[a:b] = text_keys(texts[a:b], lengths[a:b] < cfg.min_units)
     if cfg.keep == "best":
         if "quality" not in table.column_names or len(table) and table["quality"].null_count == len(table):
             raise UserError("--keep best: the documents have no quality; run `prepare_data.py score` before, and then dedup --input OUT/score")
@@ -280,6 +284,15 @@ def edges_of_band(values):
     ranks = by_value[in_run]
     ranks = ranks[np.lexsort((ranks, values[ranks]))]
     yield from edges_of_runs(values[ranks], ranks)
+
+
+def simhash_edges(fingerprints, k):
+    """Yields arrays of edges: the pairs whose fingerprints (N,), by rank, differ in at most k bits, with the shortcut of
+    `edges_of_runs` for templates. A pair comes once for each table in which its two meet."""
+    for mask in simhash.tables(k):
+        for edges in edges_of_band(fingerprints & mask):
+            earlier, later = unpack(edges)
+            yield edges[simhash.hamming(fingerprints[earlier], fingerprints[later]) <= k]
 
 
 def band_rows(table, cfg):
@@ -490,10 +503,12 @@ def believed(edges):
 
 
 def decide(work, chunks, cfg):
-    """The decisions on `chunks`, the edges: an array over all documents each, dup_of.npy (number of the document that stays for it; its own if it
-    stays), similarity.npy, kind.npy (0 kept, 1 exact, 2 near), dup_size.npy (size of its cluster).
+    """Decide on every document from `chunks`, arrays of VERIFIED, and write four arrays over all documents to `work`:
 
-    An exact copy of a near copy is as near to the document that stays as the first one was.
+        dup_of.npy      number of the document that stays for it, its own if it stays itself
+        similarity.npy  with that one; an exact copy of a near copy is as near to it as the near copy is
+        kind.npy        0 kept, 1 exact, 2 near
+        dup_size.npy    size of its cluster
     """
     exact, order = np.load(work / "exact.npy"), load(work / "order.npy")
     keeper, jaccard = (greedy if cfg.cluster == "greedy" else components)(chunks, len(order))
@@ -579,8 +594,7 @@ def find_candidates(parts, work, cfg, run, join=None):
         if cfg.sketch == "datasketch":
             edges = datasketch_edges(shingles_of_parts(parts, load(work / "rank.npy"), cfg), cfg)
         elif cfg.sketch == "simhash":
-            pairs = simhash.simhash_edges(column(sketches, "band_00")[order], cfg.hamming)
-            edges = [pack(pairs[:, 0], pairs[:, 1])]
+            edges = simhash_edges(column(sketches, "band_00")[order], cfg.hamming)
         elif join:
             edges = join(sketches, work, cfg)
         else:

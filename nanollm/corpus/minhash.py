@@ -40,7 +40,8 @@ def jaccard(a, b):
 
 # ---- texts -> units --------------------------------------------------------------------------------------------------
 
-DROPPED, MARK, KEPT, DIGIT = range(4)
+DROPPED, SIGN, MARK, KEPT, DIGIT = range(5)
+SIGNS = "*%‰％&@#\\_[]{}"                      # of arithmetic and code; + = < > and their like are symbols, which always stay
 TABLE = 0x20000                                  # planes 0 and 1; nothing above is a blank, a mark or an upper case letter
 
 
@@ -56,14 +57,16 @@ def character_tables():
             kind[code] = DIGIT
         if len(lower) == 1:
             shift[code] = ord(lower) - code
+    kind[[ord(sign) for sign in SIGNS]] = SIGN
     kind[[ord(mark) for mark in "-./:"]] = MARK
     return kind, shift
 
 
-def characters(texts):
+def characters(texts, signs=False):
     """Code points of many texts as they are compared: NFC, lower case, without blanks and punctuation.
 
-    Of the marks - . / : those directly before a digit stay: 1.5 is not 15, -5 is not 5 and 3/4 is not 34.
+    Of the marks - . / : those directly before a digit stay: 1.5 is not 15, -5 is not 5 and 3/4 is not 34. With `signs` so do
+    SIGNS, and one blank where anything else parts two digits: 50% is not 50, and 1 23 is not 12 3.
     Returns (uint32 array, int64 offsets of length len(texts) + 1).
     """
     texts = [unicodedata.normalize("NFC", text) for text in texts]
@@ -73,10 +76,18 @@ def characters(texts):
     kinds = kind.take(codes, mode="clip")
     keep = kinds >= KEPT
     keep[:-1] |= (kinds[:-1] == MARK) & (kinds[1:] == DIGIT)
+    if signs:
+        keep |= kinds == SIGN
     kept = np.flatnonzero(keep)
     starts = np.cumsum([0, *(len(text) + 1 for text in texts)], dtype=np.int64)
-    codes = codes[kept]
-    return codes + shift.take(codes, mode="clip").astype(np.uint32), np.searchsorted(kept, starts)
+    offsets, codes = np.searchsorted(kept, starts), codes[kept]
+    codes += shift.take(codes, mode="clip").astype(np.uint32)
+    if signs:
+        digit = kinds[kept] == DIGIT
+        parted = np.flatnonzero(digit[1:] & digit[:-1] & (np.diff(kept) > 1)) + 1
+        parted = parted[~np.isin(parted, offsets)]                          # two digits of one text
+        codes, offsets = np.insert(codes, parted, ord(" ")), offsets + np.searchsorted(parted, offsets)
+    return codes, offsets
 
 
 WORD = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]|"           # one kana, one Han

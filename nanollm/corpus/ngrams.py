@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-GAMMA = 0x9E3779B97F4A7C15                # 2^64 / golden ratio, odd: the step of splitmix64 and the base B of the hash
+from nanollm.sampler import GAMMA, mix64, uniform        # GAMMA is the base B of the hash
+
 CHUNK = 1 << 17                           # characters hashed at a time: the arrays stay in the processor's cache
 BLANKS = np.array([code for code in range(0x3001) if chr(code).isspace()], dtype=np.uint32)
 HAN, LETTER, DIGIT = 1 << 24, 2 << 24, 3 << 24                                         # kind of unit, above the code point
@@ -24,27 +25,11 @@ HAN_RANGES = ((0x3005, 0x3008), (0x3041, 0x3100), (0x31F0, 0x3200), (0x3400, 0x4
               (0xFF66, 0xFFA0), (0x20000, 0x33480))
 
 
-def mix64(x):
-    """A bijection of uint64 in which each input bit changes each output bit with probability 1/2: the finalizer of
-    MurmurHash3 with Stafford's constants (variant 13), as in splitmix64 (Steele, Lea & Flood 2014). Returns a new array."""
-    x = x ^ (x >> np.uint64(30))
-    x *= np.uint64(0xBF58476D1CE4E5B9)
-    x ^= x >> np.uint64(27)
-    x *= np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
-    return x
-
-
-def splitmix64(seed, numbers):
-    """The numbers-th outputs (from 0) of the generator splitmix64 started at `seed`, as uint64: random access, no state."""
-    return mix64((np.asarray(numbers).astype(np.uint64) + np.uint64(1)) * np.uint64(GAMMA) + np.uint64(seed % 2**64))
-
-
-def uniform(seed, numbers, purpose):
-    """A float64 in [0, 1) for each of `numbers` (N,), the same in every run. `purpose` keeps decisions with one seed apart:
-    else the documents that survive one draw would be the ones that survive the next."""
+def draws(seed, numbers, purpose):
+    """A float64 in [0, 1) for each of `numbers` (N,), the same in every run: sampler.uniform. `purpose` keeps decisions with
+    one seed apart: else the documents that survive one draw would be the ones that survive the next."""
     key = hashlib.blake2b(f"{seed} {purpose}".encode(), digest_size=8).digest()
-    return (splitmix64(int.from_bytes(key, "little"), numbers) >> np.uint64(11)) * 2.0**-53
+    return uniform(int.from_bytes(key, "little"), numbers)
 
 
 @lru_cache(maxsize=1)

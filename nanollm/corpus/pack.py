@@ -15,6 +15,7 @@ The place of document number d of N is permute(d, N, seed), so nobody has to hol
 workers nor the cut into parts shows in the files. What is written is written aside, brought to the disk and renamed.
 """
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -60,8 +61,10 @@ def written(path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(aside, path)
-    except OSError as e:
-        raise UserError(f"could not write {path}: {e.strerror}; free some space and run the same command again: it goes on from here") from None
+    except OSError as e:                                              # the file may also be one that the body reads
+        about = f"{e.filename}: " if e.filename and str(e.filename) != str(aside) else ""
+        space = "free some space and " * (e.errno == errno.ENOSPC)
+        raise UserError(f"could not write {path}: {about}{e.strerror or e}; {space}run the same command again: it goes on from here") from None
 
 
 def write_json(path, value):
@@ -71,8 +74,9 @@ def write_json(path, value):
 
 def encode(texts, tokenizer):
     """Texts to (the ids of all of them, each text closed by the end-of-text token, in the dtype of the vocabulary; their
-    lengths, int64). Raises UserError for an id that the vocabulary or a document may not hold."""
-    rows = [ids + [tokenizer.eos_id] for ids in tokenizer.encode_batch(texts)]
+    lengths, int64). In the calling thread: there is a process for each core, and threads within one only wait for Python's
+    lock. Raises UserError for an id that the vocabulary or a document may not hold."""
+    rows = [tokenizer.encode(text) + [tokenizer.eos_id] for text in texts]
     flat = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in rows])
     if flat.min() < 0 or flat.max() >= tokenizer.vocab_size:
         raise UserError(f"the tokenizer made id {flat.max()}, but its vocab_size is {tokenizer.vocab_size}: "

@@ -120,7 +120,7 @@ def score(table, cfg):
     if cfg.select == "threshold":
         return columns.drop(table, values < cfg.threshold, "quality")
     keep = np.clip((values.astype(np.float64) - cfg.low) / (cfg.high - cfg.low), 0.0, 1.0)
-    return columns.drop(table, ngrams.uniform(cfg.seed, columns.numbers(table), "quality") >= keep, "quality")
+    return columns.drop(table, ngrams.draws(cfg.seed, columns.numbers(table), "quality") >= keep, "quality")
 
 
 def checked(scorer, table, texts):

@@ -49,7 +49,7 @@ def segments(texts, cfg):
         last = np.ones(len(seen), dtype=bool)                              # the last character of its unit
         last[:-1] = (document[1:] != document[:-1]) | (line[1:] != line[:-1])
         if cfg.unit == "sentence":
-            last |= sentence_ends(points, seen)
+            last |= sentence_ends(points, seen, last)
         ends = np.flatnonzero(last) + 1
         starts = np.append(0, ends[:-1])[: len(ends)]
         starts, ends = starts[: len(starts) - cfg.span + 1], ends[cfg.span - 1:]
@@ -61,16 +61,17 @@ def segments(texts, cfg):
     return [np.concatenate(part) for part in zip(*found)]
 
 
-def sentence_ends(points, seen):
-    """bool (len(seen),): after 。！？!?… and after a full stop before a blank, each with the quote or bracket that closes
-    behind it. A mark followed by another mark is not the end yet."""
-    marks, blank = points[seen], np.append(np.diff(seen) > 1, True)        # whether a blank follows
-    closer, ender = np.isin(marks, CLOSERS), np.isin(marks, ENDERS)
-    after = np.append(closer[1:] & blank[1:], False)[: len(marks)]
-    ender |= (marks == ord(".")) & (blank[: len(marks)] | after)
-    ends = ender.copy()
-    ends[1:] |= closer[1:] & ender[:-1]
-    ends[:-1] &= ~(ender[1:] | closer[1:])
+def sentence_ends(points, seen, last):
+    """bool (len(seen),): after 。！？!?… and after a full stop before a blank, each with the quotes and brackets that close
+    directly behind it. A mark followed by another mark is not the end yet. last: bool, the last characters of lines."""
+    marks, joined = points[seen], np.append(np.diff(seen) == 1, False)[: len(seen)] & ~last       # to the next character
+    closes = np.isin(marks, CLOSERS)
+    closes[1:] &= joined[:-1]
+    heads = np.flatnonzero(~closes)                       # each character and the closers behind it, up to its tail
+    tails = np.append(heads[1:], len(seen))[: len(heads)] - 1
+    ender = np.isin(marks[heads], ENDERS) | (marks[heads] == ord(".")) & ~joined[tails]
+    ends = np.zeros(len(seen), dtype=bool)
+    ends[tails] = ender & ~np.append(ender[1:], False)[: len(ender)]
     return ends
 
 

@@ -9,7 +9,8 @@ The bit of a random hyperplane differs between two feature vectors with probabil
 two fingerprints estimates the angle between the documents. Two documents count as near if it is at most k.
 
 Pairs within k are found without comparing all: cut the 64 bits into k + 1 blocks. k differing bits touch at most k blocks,
-so at least one block is equal (pigeonhole): sort by each block and compare inside the runs of equal values.
+so at least one block is equal (pigeonhole); and cutting the other bits again, one of their k + 1 blocks is equal, too. Sort
+by each such pair of blocks and compare inside the runs of equal values (dedup.simhash_edges).
 """
 import numpy as np
 
@@ -62,44 +63,16 @@ def hamming(a, b):
     return ((x * np.uint64(0x0101010101010101)) >> np.uint64(56)).astype(np.int64)
 
 
-def blocks(k):
-    """k + 1 uint64 masks that part the 64 bits as evenly as possible: four of 16 bits for k = 3."""
-    cuts = [64 * i // (k + 1) for i in range(k + 2)]
-    return [np.uint64((1 << end) - (1 << start)) for start, end in zip(cuts, cuts[1:])]
+def blocks(k, bits=range(64)):
+    """k + 1 uint64 masks that part the given bits as evenly as possible: four of 16 bits for k = 3."""
+    cuts = [len(bits) * i // (k + 1) for i in range(k + 2)]
+    return [np.uint64(sum(1 << bit for bit in bits[start:end])) for start, end in zip(cuts, cuts[1:])]
 
 
-def candidates(fingerprints, k=3):
-    """Yield (i, j), int64 arrays with i < j: all pairs that agree in at least one of k + 1 blocks, each pair once.
-
-    About N^2 (k + 1) / 2^(64 / (k + 1) + 1) pairs of unrelated documents among them: 31 a document at N = 1 million, k = 3.
-    """
-    masks = blocks(k)
-    for number, mask in enumerate(masks):
-        block = fingerprints & mask
-        order = np.argsort(block, kind="stable")          # equal blocks stand together, in order of their documents
-        block = block[order]
-        left, step = np.arange(len(order)), 1
-        while True:                                       # each document with the one `step` places after it in its run
-            left = left[left + step < len(order)]
-            left = left[block[left] == block[left + step]]
-            if not len(left):
-                break
-            i, j = order[left], order[left + step]
-            x = fingerprints[i] ^ fingerprints[j]
-            new = np.ones(len(x), dtype=bool)             # not if an earlier block has met the pair already
-            for earlier in masks[:number]:
-                new &= (x & earlier) != 0
-            yield i[new], j[new]
-            step += 1
-
-
-def simhash_edges(fingerprints, k=3):
-    """int64 (M, 2): all pairs i < j of documents whose fingerprints (N,) differ in at most k bits, sorted."""
+def tables(k):
+    """(k + 1)^2 uint64 masks, each one block and one of the k + 1 blocks of the other bits: 16 of 28 bits for k = 3. Two
+    fingerprints that differ in at most k bits agree under one of them. Raises ValueError for a k outside 0..63."""
     if not 0 <= k < 64:
         raise ValueError(f"k = {k}: a distance between 64-bit fingerprints, from 0 to 63")
-    found = [np.zeros((0, 2), dtype=np.int64)]
-    for i, j in candidates(fingerprints, k):
-        near = hamming(fingerprints[i], fingerprints[j]) <= k
-        found.append(np.stack([i[near], j[near]], axis=1))
-    pairs = np.concatenate(found)
-    return pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
+    return [block | part for block in blocks(k)
+            for part in blocks(k, [bit for bit in range(64) if not int(block) >> bit & 1])]

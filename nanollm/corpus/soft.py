@@ -97,7 +97,7 @@ def weigh_nearest(table, cfg):
 
 def sampled(table, cfg):
     """bool (D,): the documents whose n-grams are counted."""
-    return ngrams.uniform(cfg.seed, columns.numbers(table), "soft sample") < cfg.sample
+    return ngrams.draws(cfg.seed, columns.numbers(table), "soft sample") < cfg.sample
 
 
 def count_ngrams(table, cfg, counts=None):
@@ -190,5 +190,5 @@ def thin(table, cfg):
     if not (np.isfinite(weight) & (weight >= 0)).all():
         raise UserError("soft deduplication: a weight that is negative or not a number; gather the statistics again")
     whole = np.floor(weight)
-    repeats = whole + (ngrams.uniform(cfg.seed, columns.numbers(table), "thin") < weight - whole)
+    repeats = whole + (ngrams.draws(cfg.seed, columns.numbers(table), "thin") < weight - whole)
     return columns.drop(columns.with_column(table, "repeats", repeats.astype(np.int32)), repeats == 0, "thinned")
