@@ -80,7 +80,7 @@ PAIRS = [
     ("language", "English", "Кириллица"),
     ("curly_brackets", WORDS, WORDS + "{"), ("curly_brackets", HAN, HAN + "}"),
     ("function_words", "Red bread of the", "Red bread the the"), ("function_words", "好书人", "好书"),
-    ("word_length", "cat dog fox", "cat dog ox"), ("word_length", "abcdefghij " * 9, "abcdefghij " * 9 + "abcdefghijk"),
+    ("word_length", "one two three four 好好", "a bc de 好"), ("word_length", "cat dog fox", "cat dog ox"), ("word_length", "abcdefghij " * 9, "abcdefghij " * 9 + "abcdefghijk"),
     ("alphabetic", "ab " * 80 + "1 " * 20, "ab " * 79 + "1 " * 21), ("alphabetic", HAN[:735] + "，" * 265, HAN[:734] + "，" * 266),
     ("symbols", "### ab " * 10 + "ab " * 60, "### ab " * 10 + "ab " * 59), ("symbols", "ab " * 90 + "# " * 10, "ab " * 89 + "# " * 11), ("symbols", "好" * 80 + "……好" * 10, "好" * 69 + "……好" * 10),
     ("bullets", "- ab\n" * 9 + "ab", "- ab\n" * 10), ("bullets", "● 好\n" * 9 + "好", "● 好\n" * 10), ("bullets", "- ab\n- ab", "- ab\n- ab\n• ab"),
@@ -238,9 +238,10 @@ def test_lists_and_verse_are_kept_where_the_recipe_says_so(text):
 
 def test_latin_letters_count_as_words():
     """Chinese with English names in it is Chinese, though most of its letters are Latin; an English text with some Chinese is English."""
-    assert sum("a" <= c.lower() <= "z" for c in ZH[3]) > 2 * sum(c > "\u4e00" for c in ZH[3]) > 0 or Doc(ZH[3]).lang == "zh"
-    assert Doc("a " * 70 + HAN[:30]).lang == "zh" and Doc("a " * 71 + HAN[:30]).lang == "en"
-    assert Doc("training " * 70 + HAN[:30]).lang == "zh" and Doc(f"The word {HAN[:2]} means this, and {HAN[3:5]} means that.").lang == "en"
+    counts = Doc(ZH[3]).counts
+    assert counts[filters.LATIN] > 1.5 * counts[filters.HAN] and Doc(ZH[3]).lang == "zh"
+    assert Doc("training " * 30 + HAN[:30]).lang == "zh" and Doc("a " * 31 + HAN[:30]).lang == "en"
+    assert Doc(f"The word {HAN[:2]} means this, and {HAN[3:5]} means that.").lang == "en"
 
 
 def test_headings_of_markdown_are_no_noise():

@@ -24,7 +24,7 @@ RANGES = {HAN: ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 
           KANA: ((0x3041, 0x3096), (0x309D, 0x309F), (0x30A1, 0x30FA), (0x30FC, 0x30FF), (0x31F0, 0x31FF), (0xFF66, 0xFF9D)),
           LATIN: ((0x41, 0x5A), (0x61, 0x7A), (0xAA, 0xAA), (0xBA, 0xBA), (0xC0, 0xD6), (0xD8, 0xF6), (0xF8, 0x24F), (0x1E00, 0x1EFF),
                   (0xFF21, 0xFF3A), (0xFF41, 0xFF5A))}
-HAN_SHARE, KANA_SHARE = 0.3, 0.05                         # from the first on a text is Chinese, beyond the second Japanese
+HAN_SHARE, KANA_SHARE = 0.5, 0.05                         # from the first on a text is Chinese, beyond the second Japanese
 GOPHER_WORDS = re.compile(r"\b(the|be|to|of|and|that|have|with)\b", re.I)
 FINEWEB2_WORDS = re.compile("[的年在月是和日了有被人中]")
 BULLET = re.compile(r"\s*(?:[•·◆◇●○■□▪◦‣★※*]|[-–—+](?=\s))")
@@ -131,7 +131,7 @@ def language_of(counts, latin_words):
     """"zh", "ja", "en" or "other", by script alone, from the characters of each class and the number of runs of Latin
     letters; "en" stands for any text in Latin letters.
 
-    Chinese or Japanese: (Han + kana) / (Han + kana + Latin words) >= 0.3. Words and not letters, since "PyTorch" is one word
+    Chinese or Japanese: (Han + kana) / (Han + kana + Latin words) >= 0.5. Words and not letters, since "PyTorch" is one word
     like 训练. Japanese: of Han and kana, more than 5 % are kana. Two Latin languages can not be told apart by script:
     `function_words` asks for English ones.
     """
@@ -233,7 +233,7 @@ def word_length(doc, least=3.0, most=10.0):
     it, and a unit has one character."""
     if doc.chinese:
         return False
-    lengths = doc.unit_lengths[is_word(doc)]
+    lengths = doc.unit_lengths[np.isin(doc.classes[doc.unit_starts], (LATIN, LETTER))]
     return bool(len(lengths)) and not least <= lengths.mean() <= most
 
 
