@@ -34,9 +34,9 @@ ZH = [
     "为什么月亮有圆有缺？月亮自己不发光，我们看到的是它反射的太阳光。月亮绕着地球转，大约二十九天半转完一圈，在不同的位置上，被照亮的那一面朝向我们的部分也不同。"
     "当月亮走到太阳和地球之间，它背对我们，这就是新月；当地球走到太阳和月亮之间，我们看到的是满月。有人以为月缺是地球的影子造成的，其实那是月食，"
     "一年里只有几次，而月亮的圆缺每个月都在发生。",
-    "用PyTorch训练模型时，先用Dataset和DataLoader读取数据，再定义Transformer的结构。优化器一般选AdamW，学习率用cosine scheduler逐步降低。如果显存不够，可以打开gradient "
-    "checkpointing，或者用FSDP把参数分到多张卡上。训练过程中要把loss和gradient norm写进TensorBoard，发现NaN就降低learning rate。混合精度推荐bfloat16，它不需要GradScaler。"
-    "最后用torch.save保存state_dict，再用Evaluation Harness测试效果。",
+    "用PyTorch训练模型时，先用Dataset和DataLoader读取数据，再定义Transformer Encoder和Decoder的结构。优化器一般选AdamW，学习率用cosine scheduler逐步降低。如果显存不够，可以打开gradient "
+    "checkpointing，或者用FSDP把参数分到多张卡上。训练过程中要把loss和gradient norm写进TensorBoard，发现NaN就降低learning rate。混合精度推荐bfloat16，它不需要GradScaler，也可以用DeepSpeed。"
+    "最后用torch.save保存state_dict，再用Evaluation Harness在HellaSwag上测试效果。",
 ]
 LISTS = ["\n".join(f"{i}. {name}" for i, name in enumerate(
              "苹果 香蕉 桃子 梨子 葡萄 西瓜 草莓 樱桃 柠檬 芒果 荔枝 龙眼 菠萝 椰子 石榴 柿子 红枣 杏子 李子 橘子 "
@@ -44,7 +44,7 @@ LISTS = ["\n".join(f"{i}. {name}" for i, name in enumerate(
          "\n".join(f"{colour} {thing}" for colour in ("red", "green", "blue", "white", "black") for thing in
                    ("house", "river", "stone", "garden", "window", "table", "letter", "candle", "mirror", "basket"))]
 QUATRAINS = "\n\n".join(["山中无一事，\n独坐听泉声。\n月上松间路，\n风来竹外清。", "小雨湿春衣，\n江头客未归。\n隔帘闻燕语，\n知是杏花飞。",
-                         "秋夜灯前坐，\n虫声绕短墙。\n故人书不至，\n一夜满天霜。", "雪满长安道，\n孤舟泊晚津。\n围炉温浊酒，\n共话旧时人。"])
+                         "秋夜灯前坐，\n虫声绕短墙。\n故人书不至，\n一夜满天霜。", "雪满长安道，\n孤舟泊晚津。\n围炉温浊酒，\n共话旧时人。", "山寺钟初动，\n溪桥月欲斜。\n牧童归去晚，\n一路落梅花。"])
 VERSE = ["春风轻轻吹过\n河边的柳树\n小船慢慢划着\n月光落在水里\n\n我想起你的歌\n想起那年夏天\n萤火虫提着灯\n照亮回家的路\n\n"
          "春风轻轻吹过\n河边的柳树\n孩子已经长大\n歌声还在水里\n\n"
          "我想起你的歌\n想起那年夏天\n星星落进井里\n谁也没有去捞\n\n远方的信到了\n纸上没有一个字\n只有一片叶子\n夹着去年的秋",
@@ -239,7 +239,7 @@ def test_lists_and_verse_are_kept_where_the_recipe_says_so(text):
 def test_latin_letters_count_as_words():
     """Chinese with English names in it is Chinese, though most of its letters are Latin; an English text with some Chinese is English."""
     counts = Doc(ZH[3]).counts
-    assert counts[filters.LATIN] > 1.5 * counts[filters.HAN] and Doc(ZH[3]).lang == "zh"
+    assert counts[filters.LATIN] > 2 * counts[filters.HAN] and Doc(ZH[3]).lang == "zh"
     assert Doc("training " * 30 + HAN[:30]).lang == "zh" and Doc("a " * 31 + HAN[:30]).lang == "en"
     assert Doc(f"The word {HAN[:2]} means this, and {HAN[3:5]} means that.").lang == "en"
 
