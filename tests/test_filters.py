@@ -35,7 +35,7 @@ ZH = [
     "当月亮走到太阳和地球之间，它背对我们，这就是新月；当地球走到太阳和月亮之间，我们看到的是满月。有人以为月缺是地球的影子造成的，其实那是月食，"
     "一年里只有几次，而月亮的圆缺每个月都在发生。",
     "用PyTorch训练模型时，先用Dataset和DataLoader读取数据，再定义Transformer Encoder和Decoder的结构。优化器一般选AdamW，学习率用cosine scheduler逐步降低。如果显存不够，可以打开gradient "
-    "checkpointing，或者用FSDP把参数分到多张卡上。训练过程中要把loss和gradient norm写进TensorBoard，发现NaN就降低learning rate。混合精度推荐bfloat16，它不需要GradScaler，也可以用DeepSpeed。"
+    "checkpointing，Gradient Accumulation或者FlashAttention，或者用FSDP把参数分到多张卡上。训练过程中要把loss和gradient norm写进TensorBoard，发现NaN就降低learning rate。混合精度推荐bfloat16，它不需要GradScaler，也可以用DeepSpeed。"
     "最后用torch.save保存state_dict，再用Evaluation Harness在HellaSwag上测试效果。",
 ]
 LISTS = ["\n".join(f"{i}. {name}" for i, name in enumerate(
@@ -239,7 +239,7 @@ def test_lists_and_verse_are_kept_where_the_recipe_says_so(text):
 def test_latin_letters_count_as_words():
     """Chinese with English names in it is Chinese, though most of its letters are Latin; an English text with some Chinese is English."""
     counts = Doc(ZH[3]).counts
-    assert counts[filters.LATIN] > 2 * counts[filters.HAN] and Doc(ZH[3]).lang == "zh"
+    assert counts[filters.HAN] < 0.3 * (counts[filters.HAN] + counts[filters.LATIN]) and Doc(ZH[3]).lang == "zh"
     assert Doc("training " * 30 + HAN[:30]).lang == "zh" and Doc("a " * 31 + HAN[:30]).lang == "en"
     assert Doc(f"The word {HAN[:2]} means this, and {HAN[3:5]} means that.").lang == "en"
 
