@@ -61,9 +61,10 @@ BRACKETS = re.compile(rf"\((?:(?<={HAN}.)|(?<=^.))(?={HAN})([^()\n]*)(?<={HAN})\
 FULL = str.maketrans(",.!?:;", "，。！？：；")
 # And back in 3．14 and in times (12：30). Not between any two digits: in "他考了100，3天后离开" and "从2数到5：2、3、4" the mark
 # parts two clauses. And between ASCII letters (Hello，world), but in lines without Chinese only: 我们使用了PyTorch，NumPy和Ray。 is right.
-TO_ASCII = re.compile(r"[．：](?:(?<=[0-9]．)(?=[0-9])"
-                      r"|(?:(?<=(?<![0-9])[0-9]：)|(?<=(?<![0-9])[01][0-9]：)|(?<=(?<![0-9])2[0-4]：))(?=[0-5][0-9](?![0-9])))")
-IN_LATIN = re.compile(r"[，！？；：．](?<=[A-Za-z].)(?=[A-Za-z])")
+NUMERIC = (r"(?<=[0-9]．)(?=[0-9])"
+           r"|(?:(?<=(?<![0-9])[0-9]：)|(?<=(?<![0-9])[01][0-9]：)|(?<=(?<![0-9])2[0-4]：))(?=[0-5][0-9](?![0-9]))")
+TO_ASCII_IN_CHINESE = re.compile(rf"[．：](?:{NUMERIC})")
+TO_ASCII = re.compile(rf"[，！？；：．](?:(?<=[A-Za-z].)(?=[A-Za-z])|{NUMERIC})")
 ANY_HAN = re.compile(HAN)
 ASCII = str.maketrans("，！？；．：", ",!?;.:")
 
@@ -131,10 +132,10 @@ def punctuation(text):
     text = TO_FULL.sub(lambda m: m[0].translate(FULL), text)
     if "(" in text:
         text = BRACKETS.sub(r"（\1）", text)
-    text = TO_ASCII.sub(lambda m: m[0].translate(ASCII), text)
-    if not IN_LATIN.search(text):
+    if not TO_ASCII.search(text):
         return text
-    return "\n".join(line if ANY_HAN.search(line) else IN_LATIN.sub(lambda m: m[0].translate(ASCII), line) for line in text.split("\n"))
+    return "\n".join((TO_ASCII_IN_CHINESE if ANY_HAN.search(line) else TO_ASCII).sub(lambda m: m[0].translate(ASCII), line)
+                     for line in text.split("\n"))
 
 
 def boilerplate_line(line):

@@ -80,7 +80,8 @@ class Doc:
 
     @functools.cached_property
     def lang(self):
-        return language_of(self.counts, int(np.count_nonzero(self.classes[self.unit_starts] == LATIN)))
+        latin = self.classes == LATIN
+        return language_of(self.counts, self.counts[LATIN] and int(latin[0]) + int(np.count_nonzero(latin[1:] > latin[:-1])))
 
     @property
     def chinese(self):
@@ -233,7 +234,8 @@ def word_length(doc, least=3.0, most=10.0):
     it, and a unit has one character."""
     if doc.chinese:
         return False
-    lengths = doc.unit_lengths[np.isin(doc.classes[doc.unit_starts], (LATIN, LETTER))]
+    kind = doc.classes[doc.unit_starts]
+    lengths = doc.unit_lengths[(kind == LATIN) | (kind == LETTER)]
     return bool(len(lengths)) and not least <= lengths.mean() <= most
 
 

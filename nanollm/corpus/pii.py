@@ -13,7 +13,7 @@ import datetime
 import ipaddress
 import re
 
-ALONE = r"(?<![0-9A-Za-z])(?<![0-9][.])"                  # no digits cut out of longer ones, of 0.13812345678 or A13812345678
+ALONE = r"(?<![0-9A-Za-z$¥￥€£])(?<![0-9][.])"            # no digits cut out of longer ones, of 0.13812345678, A13812345678 or ¥13812345678
 END = r"(?![0-9A-Za-z])(?![.][0-9])"
 
 EMAIL = re.compile(r"(?<![A-Za-z0-9_%+-])[A-Za-z0-9_%+][A-Za-z0-9._%+-]{0,63}@(?:[A-Za-z0-9][A-Za-z0-9-]{0,62}\.){1,8}[A-Za-z]{2,24}(?![A-Za-z0-9@])")
@@ -21,8 +21,8 @@ DIGITS = re.compile(r"[0-9][0-9 .()-]{5,}[0-9]")          # the screen: nothing 
 RESIDENT = re.compile(ALONE + r"([1-8][0-9]{5})((?:18|19|20)[0-9]{2})([01][0-9])([0-3][0-9])([0-9]{3})([0-9Xx])" + END)
 CARD = re.compile(ALONE + r"[2-6](?:[0-9]{15,18}|[0-9]{3}(?:([ -])[0-9]{4})(?:\1[0-9]{4}){2}(?:\1[0-9]{1,3})?)" + END)
 SSN = re.compile(r"(?<![0-9A-Za-z.-])(?!000|666|9)[0-9]{3}-(?!00)[0-9]{2}-(?!0000)[0-9]{4}(?![0-9A-Za-z-])")
-# Not a sum of money: ¥13812345678, 13812345678元, 15000000000.
-MOBILE = re.compile(ALONE + r"(?<![$¥￥€£])(?:\+?86[- ]?)?1[3-9][0-9](?:[- ]?[0-9]{4}){2}(?<!000000)" + END
+# Not a quantity: 13812345678元, 15000000000.
+MOBILE = re.compile(ALONE + r"(?:\+?86[- ]?)?1[3-9][0-9](?:[- ]?[0-9]{4}){2}(?<!000000)" + END
                     + r"(?! ?(?:[元圆亿吨]|[美日欧港]元|人民币|(?i:yuan|rmb|dollars|usd|euros?|yen|bytes|tons)\b))")
 # North America: the area code and the exchange begin with 2 to 9; 300 400 5000 is more often three numbers than one.
 NANP = re.compile(ALONE + r"(?:\+?1[-. ]?)?(?:\([2-9][0-9]{2}\) ?[2-9][0-9]{2}[-. ]|[2-9][0-9]{2}([-.])[2-9][0-9]{2}\1)[0-9]{4}" + END)
@@ -34,8 +34,8 @@ WECHAT, WECHAT_ID = "(?:微信|(?i:wechat|weixin))", "(?:号| ?(?i:id))"
 ACCOUNT = re.compile(r"((?:(?<![A-Za-z])QQ(?:号码?|群)?|(?:加|扣)[qQ]{2})[：: 号为是]{0,3})[1-9][0-9]{4,10}" + END
                      + rf"|({WECHAT}{WECHAT_ID}[：:] ?|{WECHAT}(?:{WECHAT_ID}[ 为是]{{1,2}}|[：:] ?)(?=[A-Za-z-]+[0-9_]))"
                      + r"[A-Za-z][A-Za-z0-9_-]{5,19}(?![A-Za-z0-9_-])")
-NUMBERED = r"(?<!版本)(?<!版本 )(?<!版本号)(?<!ersion )(?<!ection )(?<!hapter )(?<![第章节§])(?<![第章节§] )"      # a version, a section
-IPV4 = re.compile(NUMBERED + r"(?<![0-9A-Za-z.-])(?:[0-9]{1,3}\.){3}[0-9]{1,3}(?![0-9A-Za-z])(?![.-][0-9])(?! ?[章节条])")
+NUMBERED = re.compile(r"(?:版本号?|version|section|chapter|[第章节§]) ?\Z", re.I)        # what stands before no address
+IPV4 = re.compile(r"(?<![0-9A-Za-z.-])(?:[0-9]{1,3}\.){3}[0-9]{1,3}(?![0-9A-Za-z])(?![.-][0-9])(?! ?[章节条])")
 IPV6 = re.compile(r"(?<![0-9A-Za-z:.])(?:[0-9A-Fa-f]{1,4}:){7}[0-9A-Fa-f]{1,4}(?![0-9A-Za-z:])")
 
 
@@ -80,7 +80,7 @@ def mask(text):
         text = SSN.sub("<ID>", text)
         text = NANP.sub("<PHONE>", MOBILE.sub("<PHONE>", text))
         text = LANDLINE.sub(r"\1<PHONE>", text)
-        text = IPV4.sub(lambda m: "<IP>" if is_public(m[0]) else m[0], text)
+        text = IPV4.sub(lambda m: "<IP>" if is_public(m[0]) and not NUMBERED.search(m.string[max(0, m.start() - 9):m.start()]) else m[0], text)
     if text.count(":") >= 7:
         text = IPV6.sub(lambda m: "<IP>" if is_public(m[0]) else m[0], text)
     return text
