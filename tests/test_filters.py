@@ -34,7 +34,17 @@ ZH = [
     "为什么月亮有圆有缺？月亮自己不发光，我们看到的是它反射的太阳光。月亮绕着地球转，大约二十九天半转完一圈，在不同的位置上，被照亮的那一面朝向我们的部分也不同。"
     "当月亮走到太阳和地球之间，它背对我们，这就是新月；当地球走到太阳和月亮之间，我们看到的是满月。有人以为月缺是地球的影子造成的，其实那是月食，"
     "一年里只有几次，而月亮的圆缺每个月都在发生。",
+    "用PyTorch训练模型时，先用Dataset和DataLoader读取数据，再定义Transformer Encoder和Decoder的结构。优化器一般选AdamW，学习率用cosine scheduler逐步降低。如果显存不够，可以打开gradient "
+    "checkpointing，Gradient Accumulation或者FlashAttention，或者用FSDP把参数分到多张卡上。训练过程中要把loss和gradient norm写进TensorBoard，发现NaN就降低learning rate。混合精度推荐bfloat16，它不需要GradScaler，也可以用DeepSpeed。"
+    "最后用torch.save保存state_dict，再用Evaluation Harness在HellaSwag上测试效果。",
 ]
+LISTS = ["\n".join(f"{i}. {name}" for i, name in enumerate(
+             "苹果 香蕉 桃子 梨子 葡萄 西瓜 草莓 樱桃 柠檬 芒果 荔枝 龙眼 菠萝 椰子 石榴 柿子 红枣 杏子 李子 橘子 "
+             "白菜 萝卜 黄瓜 茄子 辣椒 土豆 番茄 南瓜 冬瓜 豆角 菠菜 芹菜 韭菜 大葱 生姜 大蒜 洋葱 莲藕 竹笋 香菇".split(), 1)),
+         "\n".join(f"{colour} {thing}" for colour in ("red", "green", "blue", "white", "black") for thing in
+                   ("house", "river", "stone", "garden", "window", "table", "letter", "candle", "mirror", "basket"))]
+QUATRAINS = "\n\n".join(["山中无一事，\n独坐听泉声。\n月上松间路，\n风来竹外清。", "小雨湿春衣，\n江头客未归。\n隔帘闻燕语，\n知是杏花飞。",
+                         "秋夜灯前坐，\n虫声绕短墙。\n故人书不至，\n一夜满天霜。", "雪满长安道，\n孤舟泊晚津。\n围炉温浊酒，\n共话旧时人。", "山寺钟初动，\n溪桥月欲斜。\n牧童归去晚，\n一路落梅花。"])
 VERSE = ["春风轻轻吹过\n河边的柳树\n小船慢慢划着\n月光落在水里\n\n我想起你的歌\n想起那年夏天\n萤火虫提着灯\n照亮回家的路\n\n"
          "春风轻轻吹过\n河边的柳树\n孩子已经长大\n歌声还在水里\n\n"
          "我想起你的歌\n想起那年夏天\n星星落进井里\n谁也没有去捞\n\n远方的信到了\n纸上没有一个字\n只有一片叶子\n夹着去年的秋",
@@ -70,9 +80,9 @@ PAIRS = [
     ("language", "English", "Кириллица"),
     ("curly_brackets", WORDS, WORDS + "{"), ("curly_brackets", HAN, HAN + "}"),
     ("function_words", "Red bread of the", "Red bread the the"), ("function_words", "好书人", "好书"),
-    ("word_length", "cat dog fox", "cat dog ox"), ("word_length", "abcdefghij " * 9, "abcdefghij " * 9 + "abcdefghijk"),
+    ("word_length", "one two three four 好好", "a bc de 好"), ("word_length", "cat dog fox", "cat dog ox"), ("word_length", "abcdefghij " * 9, "abcdefghij " * 9 + "abcdefghijk"),
     ("alphabetic", "ab " * 80 + "1 " * 20, "ab " * 79 + "1 " * 21), ("alphabetic", HAN[:735] + "，" * 265, HAN[:734] + "，" * 266),
-    ("symbols", "ab " * 90 + "# " * 10, "ab " * 89 + "# " * 11), ("symbols", "好" * 80 + "……好" * 10, "好" * 69 + "……好" * 10),
+    ("symbols", "### ab " * 10 + "ab " * 60, "### ab " * 10 + "ab " * 59), ("symbols", "ab " * 90 + "# " * 10, "ab " * 89 + "# " * 11), ("symbols", "好" * 80 + "……好" * 10, "好" * 69 + "……好" * 10),
     ("bullets", "- ab\n" * 9 + "ab", "- ab\n" * 10), ("bullets", "● 好\n" * 9 + "好", "● 好\n" * 10), ("bullets", "- ab\n- ab", "- ab\n- ab\n• ab"),
     ("ellipsis_lines", "ab...\n" * 3 + "ab\n" * 7, "ab...\n" * 4 + "ab\n" * 6), ("ellipsis_lines", "好……\n" * 3 + "好\n" * 7, "好……\n" * 4 + "好\n" * 6),
     ("punctuation", "a" * 65 + "!" * 35, "a" * 64 + "!" * 36), ("punctuation", HAN[:65] + "，" * 35, HAN[:64] + "，" * 36),
@@ -212,11 +222,34 @@ def test_a_text_without_repetition_has_no_top_ngram():
 # ------------------------------------------------------------------------------------------------ whole texts
 
 @pytest.mark.parametrize("recipe", ["default", "web", "encyclopedia"])
-@pytest.mark.parametrize("text", EN + ZH, ids=["en1", "en2", "en3", "zh1", "zh2", "zh3"])
+@pytest.mark.parametrize("text", EN + ZH, ids=["en1", "en2", "en3", "zh1", "zh2", "zh3", "zh4"])
 def test_good_paragraphs_are_kept_as_they_are(text, recipe):
     """In both languages, with the strict recipe too: same text, no reason, no edit."""
     lang = "zh" if text in ZH else "en"
     assert clean.clean_text(text, clean.read_recipe(recipe)) == (text, None, [], lang)
+
+
+@pytest.mark.parametrize("text", [*LISTS, QUATRAINS], ids=["zh", "en", "verse"])
+def test_lists_and_verse_are_kept_where_the_recipe_says_so(text):
+    """Short lines without a function word, and with few marks or many: in the default, and lists in an encyclopedia."""
+    recipes = ("default", "encyclopedia") if text in LISTS else ("default", "verse")
+    assert [clean.clean_text(text, clean.read_recipe(name))[:3] for name in recipes] == [(text, None, [])] * 2
+
+
+def test_latin_letters_count_as_words():
+    """Chinese with English names in it is Chinese, though most of its letters are Latin; an English text with some Chinese is English."""
+    counts = Doc(ZH[3]).counts
+    assert counts[filters.HAN] < 0.3 * (counts[filters.HAN] + counts[filters.LATIN]) and Doc(ZH[3]).lang == "zh"
+    assert Doc("training " * 30 + HAN[:30]).lang == "zh" and Doc("a " * 31 + HAN[:30]).lang == "en"
+    assert Doc(f"The word {HAN[:2]} means this, and {HAN[3:5]} means that.").lang == "en"
+
+
+def test_headings_of_markdown_are_no_noise():
+    """An answer in steps, each with a heading and a few words: the recipe for chats keeps it."""
+    text = "\n".join(f"### 第{n}步\n{step}。" for n, step in zip("一二三四五六七八九十", ["打开电脑", "登录账号", "点击设置", "选择语言", "保存更改", "退出程序",
+                                                                                "重新启动", "检查结果", "完成备份", "关闭电脑"]))
+    assert clean.clean_text(text, clean.read_recipe("chat"))[:2] == (text, None)
+    assert filters.symbols(Doc(text + "#" * 30, "")) is False and filters.symbols(Doc("# " * 30 + text, ""))
 
 
 @pytest.mark.parametrize("text", VERSE, ids=["zh", "en"])

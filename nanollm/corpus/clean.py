@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from nanollm.config import UserError, unknown
-from nanollm.corpus import edits, filters, pii
+from nanollm.corpus import columns, edits, filters, pii
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 EDIT_OPTIONS = {"urls": ("remove", "tag", "off"), "pii": ("mask", "drop", "off")}         # the others: true or false
@@ -191,7 +191,5 @@ def clean(table, cfg):
         rows.append((text, meta, lang, len(text), reason, ",".join(names)))
     kinds = {"text": pa.large_string(), "meta": pa.string(), "lang": pa.string(), "n_chars": pa.int32(), "drop_reason": pa.string(), "edits": pa.string()}
     for (name, kind), values in zip(kinds.items(), zip(*rows) if rows else [[]] * len(kinds)):
-        column = pa.array(values, kind)
-        at = table.schema.get_field_index(name)
-        table = table.append_column(name, column) if at < 0 else table.set_column(at, name, column)
+        table = columns.with_column(table, name, values, kind)
     return table

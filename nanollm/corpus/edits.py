@@ -20,7 +20,8 @@ INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u
 # The screen for both: one pass over a clean text instead of two. Most patterns here begin with a set of characters and look
 # behind after it, which lets the regex engine skip to the next candidate; with the condition in front it would stop everywhere.
 ODD = re.compile("[\x00-\x08\x0b-\x1f\x7f-\xa0\u200b-\u200f\u2028-\u202e\u2060\ufeff\ufffd]")
-ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")     # not "x&not"
+# Not "x&not". What was escaped twice, &amp;lt; or &#38;amp;lt;, is decoded in one step.
+ENTITY = re.compile(r"&(?:(?:amp|#38);)*(#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
 
 # Known element names only: "<unk>", "a<b and c>d" and "<3" are text. Attributes need an "=".
 BLOCK = ("address article aside blockquote body br caption dd div dl dt fieldset figcaption figure footer form h1 h2 "
@@ -45,7 +46,7 @@ URL = re.compile(rf"( ?)(?<![A-Za-z0-9@])(?:https?://|ftp://|www\.)[^{OUTSIDE}]*
 WIKI_MARK = re.compile(r"\[(?:[1-9][0-9]{0,2}(?:[-–,， ]{1,2}[1-9][0-9]{0,2})*|(?:注|note|nb) ?[0-9]{1,3}"
                        r"|edit|citation needed|clarification needed|编辑|来源请求|來源請求|参考|需要引用)\]", re.I)
 
-REPEATED = re.compile(r"[。！？!?，,、；;](?<=(.))(?:[ \t]*\1)+")
+REPEATED = re.compile(r"[。！？!?，,、；](?<=(.))(?:[ \t]*\1)+")
 DOTS = re.compile(r"\.{4,}|。{2,}|…{3,}")
 LONG_BLANK = re.compile("[ \t\u3000]{9,}")
 ENDLESS = re.compile("[ \t\u3000]{257,}")                 # tiktoken overflows its stack on a million blanks
@@ -58,19 +59,24 @@ THEN_HAN = rf"(?=[ \t]*(?:{HAN}|$))"
 TO_FULL = re.compile(rf"[,!?:;. \t](?<={HAN}.)(?:(?<=[,!?:;]){THEN_HAN}|(?<=[.])(?=[ \t]*$)|(?<=[ \t])[ \t]*[,!?:;]{THEN_HAN})", re.M)
 BRACKETS = re.compile(rf"\((?:(?<={HAN}.)|(?<=^.))(?={HAN})([^()\n]*)(?<={HAN})\)(?={HAN}|$)", re.M)
 FULL = str.maketrans(",.!?:;", "，。！？：；")
-# And back between ASCII letters (Hello，world), in 3．14, and in times (12：30). Not between any two digits: in
-# "他考了100，3天后离开" and "从2数到5：2、3、4" the mark parts two clauses.
-TO_ASCII = re.compile(r"[，！？；：．](?:(?<=[A-Za-z][，！？；：])(?=[A-Za-z])|(?<=[A-Za-z0-9]．)(?=[A-Za-z0-9])"
-                      r"|(?:(?<=(?<![0-9])[0-9]：)|(?<=(?<![0-9])[01][0-9]：)|(?<=(?<![0-9])2[0-4]：))(?=[0-5][0-9](?![0-9])))")
+# And back in 3．14 and in times (12：30). Not between any two digits: in "他考了100，3天后离开" and "从2数到5：2、3、4" the mark
+# parts two clauses. And between ASCII letters (Hello，world), but in lines without Chinese only: 我们使用了PyTorch，NumPy和Ray。 is right.
+NUMERIC = (r"(?<=[0-9]．)(?=[0-9])"
+           r"|(?:(?<=(?<![0-9])[0-9]：)|(?<=(?<![0-9])[01][0-9]：)|(?<=(?<![0-9])2[0-4]：))(?=[0-5][0-9](?![0-9]))")
+TO_ASCII_IN_CHINESE = re.compile(rf"[．：](?:{NUMERIC})")
+TO_ASCII = re.compile(rf"[，！？；：．](?:(?<=[A-Za-z].)(?=[A-Za-z])|{NUMERIC})")
+ANY_HAN = re.compile(HAN)
 ASCII = str.maketrans("，！？；．：", ",!?;.:")
 
-# Lines around the text of a page. Only in lines of at most BOILERPLATE_LINE characters: C4 drops every line with the
-# word "javascript", and with it the paragraphs of any text about it. The words in SIGNS are the screen.
-BOILERPLATE_LINE = 100
-BOILERPLATE = re.compile(r"版权所有(?![者人权])|(?:未经.{0,6}|请勿|禁止|不得)转载|转载请(?:注明|保留)|ICP[备证]|公网安备|返回(?:顶部|首页)(?=\W|$)|[上下]一篇[：:]"
-                         r"|点击(?:查看|进入|阅读)(?:更多|详情|全文|原文|大图)|阅读(?:全文|原文)(?=\W|$)|责任编辑[：:]|all rights reserved|lorem ipsum"
-                         r"|(?:enable|requires) javascript|javascript is (?:disabled|required)|\buses? (?:of )?cookies|cookie policy|privacy policy"
-                         r"|terms of (?:use|service)", re.I)
+# Lines around the text of a page. Only lines of at most BOILERPLATE_LINE characters of which these phrases make up more than
+# BOILERPLATE_SHARE: C4 drops every line with the word "javascript", and with it any text about it; likewise a text may
+# well tell of cookies, or of a book that somebody read from end to end (阅读全文). The words in SIGNS are the screen.
+BOILERPLATE_LINE, BOILERPLATE_SHARE = 100, 2 / 3
+BOILERPLATE = re.compile(r"^\W*(?:[上下]一篇[：:]|责任编辑[：:]|版权所有[\s：:©])[^。！？]*$|^(?:copyright )?(?:©|\(c\)).*all rights reserved\W*$"
+                         r"|^(?:we use cookies to|(?:this|our) (?:web)?site uses cookies|(?:please|you (?:must|need to)) enable javascript).*"
+                         r"|版权所有(?![者人权])|(?:未经.{0,6}|请勿|禁止|不得)转载|转载请(?:注明|保留)|\w{0,2}ICP[备证]\w*|公网安备\w*|返回(?:顶部|首页)"
+                         r"|点击(?:查看|进入|阅读)(?:更多|详情|全文|原文|大图)|阅读(?:全文|原文)|all rights reserved|lorem ipsum(?: dolor.*)?"
+                         r"|requires javascript|javascript is (?:disabled|required)|cookie policy|privacy policy|terms of (?:use|service)", re.I)
 SIGNS = [word.encode() for word in ("版权所有", "转载", "icp", "公网安备", "返回", "一篇", "点击", "阅读", "责任编辑", "reserved", "lorem ipsum", "javascript",
                                     "cookie", "privacy policy", "terms of")]
 
@@ -86,7 +92,7 @@ FIRST_HIDDEN, MAX_HIDDEN = 0xF0000, 60_000               # private-use character
 def characters(text):
     """Newlines as \\n, entities decoded, invisible characters off, NFC (not NFKC: that would turn ，！１² into ,!12)."""
     if "&" in text:
-        text = ENTITY.sub(lambda m: html.unescape(m[0]), text)
+        text = ENTITY.sub(lambda m: html.unescape(f"&{m[1]};"), text)
     if len(text) > 256:
         text = ENDLESS.sub(lambda run: run[0][:256], text)
     if ODD.search(text):
@@ -126,7 +132,18 @@ def punctuation(text):
     text = TO_FULL.sub(lambda m: m[0].translate(FULL), text)
     if "(" in text:
         text = BRACKETS.sub(r"（\1）", text)
-    return TO_ASCII.sub(lambda m: m[0].translate(ASCII), text)
+    if not TO_ASCII.search(text):
+        return text
+    return "\n".join((TO_ASCII_IN_CHINESE if ANY_HAN.search(line) else TO_ASCII).sub(lambda m: m[0].translate(ASCII), line)
+                     for line in text.split("\n"))
+
+
+def boilerplate_line(line):
+    """Do the phrases of BOILERPLATE make up more than two thirds of the letters of this short line?"""
+    if len(line) > BOILERPLATE_LINE or not BOILERPLATE.search(line):
+        return False
+    covered = sum(c.isalpha() for found in BOILERPLATE.finditer(line) for c in found[0])
+    return covered > BOILERPLATE_SHARE * sum(map(str.isalpha, line))
 
 
 def boilerplate(text):
@@ -134,7 +151,7 @@ def boilerplate(text):
     lower = text.encode("utf-8", "surrogatepass").lower()               # of bytes: ASCII only, and twenty times faster
     if not any(sign in lower for sign in SIGNS):
         return text
-    return "\n".join(line for line in text.split("\n") if len(line) > BOILERPLATE_LINE or not BOILERPLATE.search(line))
+    return "\n".join(line for line in text.split("\n") if not boilerplate_line(line))
 
 
 def repeated_sentences(text, least=10):
@@ -199,13 +216,17 @@ OUTSIDE_CODE = {"markup": markup, "urls": urls, "wiki_marks": wiki_marks, "repea
                 "punctuation": punctuation, "boilerplate": boilerplate, "repeated_sentences": repeated_sentences, "blanks": blanks}
 AFTER_CODE_IS_SHOWN = {"pii": pii.mask}
 EDITS = BEFORE_CODE_IS_HIDDEN | OUTSIDE_CODE | AFTER_CODE_IS_SHOWN
+ROUNDS = 8                                                # more than any text needs
+OPENING = dict.fromkeys(map(ord, "<&[("))                 # what edits take off in pairs, from the inside
 USUAL = ("characters", "markup", "urls", "repeated_punctuation", "punctuation", "boilerplate", "blanks")
 
 
 def apply(text, steps):
     """(edited text, names of the edits that changed it) for `steps`, a dict {name of an edit: its function}.
 
-    Repeated until nothing changes: &amp;lt;b&amp;gt; needs three rounds, clean text one. Hence idempotent.
+    Repeated until nothing changes, hence idempotent: clean text needs one round, an edited one two. Only brackets in brackets
+    need more, as <<b>b>, one round each; so that a thousand of them do not take a thousand rounds, what still changes after
+    ROUNDS loses its opening brackets.
     """
     changed = set()
 
@@ -217,12 +238,15 @@ def apply(text, steps):
                     changed.add(name)
         return text
 
-    while True:
+    for left in reversed(range(2 * ROUNDS)):
         before, text = text, run(text, BEFORE_CODE_IS_HIDDEN)
         text, hidden = hide_code(text)
         text = run(show_code(run(text, OUTSIDE_CODE), hidden), AFTER_CODE_IS_SHOWN)
         if text == before:
-            return text, [name for name in EDITS if name in changed]
+            break
+        if left == ROUNDS:
+            text = text.translate(OPENING)
+    return text, [name for name in EDITS if name in changed]
 
 
 def normalise(text, names=USUAL):

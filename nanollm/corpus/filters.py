@@ -24,11 +24,11 @@ RANGES = {HAN: ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 
           KANA: ((0x3041, 0x3096), (0x309D, 0x309F), (0x30A1, 0x30FA), (0x30FC, 0x30FF), (0x31F0, 0x31FF), (0xFF66, 0xFF9D)),
           LATIN: ((0x41, 0x5A), (0x61, 0x7A), (0xAA, 0xAA), (0xBA, 0xBA), (0xC0, 0xD6), (0xD8, 0xF6), (0xF8, 0x24F), (0x1E00, 0x1EFF),
                   (0xFF21, 0xFF3A), (0xFF41, 0xFF5A))}
-HAN_SHARE, KANA_SHARE = 0.3, 0.05                         # from these on a text is Chinese, and Japanese
+HAN_SHARE, KANA_SHARE = 0.5, 0.05                         # from the first on a text is Chinese, beyond the second Japanese
 GOPHER_WORDS = re.compile(r"\b(the|be|to|of|and|that|have|with)\b", re.I)
 FINEWEB2_WORDS = re.compile("[的年在月是和日了有被人中]")
 BULLET = re.compile(r"\s*(?:[•·◆◇●○■□▪◦‣★※*]|[-–—+](?=\s))")
-ELLIPSIS = re.compile(r"\.{3,}|…+|。{3,}")
+SYMBOL = re.compile(r"#+|\.{3,}|…+|。{3,}")
 NOISE = re.compile(r"[^\w\s]{5,}")
 TERMINAL = frozenset("。！？…；.!?;”’」』\"'）)")
 POWERS = np.cumprod(np.array([1] + 255 * [0x9E3779B97F4A7C15], np.uint64))        # B^0, B^1, ... modulo 2^64
@@ -80,7 +80,8 @@ class Doc:
 
     @functools.cached_property
     def lang(self):
-        return language_of(self.counts)
+        latin = self.classes == LATIN
+        return language_of(self.counts, self.counts[LATIN] and int(latin[0]) + int(np.count_nonzero(latin[1:] > latin[:-1])))
 
     @property
     def chinese(self):
@@ -127,18 +128,20 @@ class Doc:
         return [line for line in map(str.strip, self.text.split("\n")) if line]
 
 
-def language_of(counts):
-    """"zh", "ja", "en" or "other", by script alone; "en" stands for any text in Latin letters.
+def language_of(counts, latin_words):
+    """"zh", "ja", "en" or "other", by script alone, from the characters of each class and the number of runs of Latin
+    letters; "en" stands for any text in Latin letters.
 
-    Chinese: Han / (Han + Latin + kana) >= 0.3. Japanese: of those, more than 5 % of Han and kana are kana. Two Latin
-    languages can not be told apart by script: `function_words` asks for English ones.
+    Chinese or Japanese: (Han + kana) / (Han + kana + Latin words) >= 0.5. Words and not letters, since "PyTorch" is one word
+    like 训练. Japanese: of Han and kana, more than 5 % are kana. Two Latin languages can not be told apart by script:
+    `function_words` asks for English ones.
     """
     han, kana, latin, letter = (counts[kind] for kind in (HAN, KANA, LATIN, LETTER))
     if not han + kana + latin or letter > han + kana + latin:
         return "other" if letter else "en"
-    if kana > KANA_SHARE * (han + kana) and han + kana >= HAN_SHARE * (han + kana + latin):
-        return "ja"
-    return "zh" if han >= HAN_SHARE * (han + latin + kana) else "en"
+    if han + kana < HAN_SHARE * (han + kana + latin_words):
+        return "en"
+    return "ja" if kana > KANA_SHARE * (han + kana) else "zh"
 
 
 def visible(text):
@@ -231,7 +234,8 @@ def word_length(doc, least=3.0, most=10.0):
     it, and a unit has one character."""
     if doc.chinese:
         return False
-    lengths = doc.unit_lengths[is_word(doc)]
+    kind = doc.classes[doc.unit_starts]
+    lengths = doc.unit_lengths[(kind == LATIN) | (kind == LETTER)]
     return bool(len(lengths)) and not least <= lengths.mean() <= most
 
 
@@ -246,10 +250,10 @@ def alphabetic(doc, least_en=0.80, least_zh=0.735):
 
 
 def symbols(doc, most=0.1):
-    """More than `most` number signs and ellipses a unit (Gopher: a word). …… and ... count once."""
+    """More than `most` number signs and ellipses a unit (Gopher: a word). ###, …… and ... count once."""
     if "#" not in doc.text and "…" not in doc.text and "..." not in doc.text:
         return False
-    return doc.text.count("#") + len(ELLIPSIS.findall(doc.text)) > most * len(doc.unit_starts)
+    return len(SYMBOL.findall(doc.text)) > most * len(doc.unit_starts)
 
 
 def bullets(doc, most=0.9):
@@ -441,7 +445,7 @@ def top_ngrams(doc, en=((2, 0.20), (3, 0.18), (4, 0.16)), zh=((3, 0.256), (5, 0.
 
 
 # In this order, cheap ones first; the first that holds is the reason. Of a text of a few words only the first group is
-# asked, since shares of so little say nothing. Code is not asked the second.
+# asked, since shares of so little say nothing. Code is not asked the second, nor `repeated_punctuation`.
 ALWAYS = (empty, markup, repeated_punctuation, too_short, language, keywords, curly_brackets)
 PROSE = (function_words, word_length, alphabetic, symbols, bullets, ellipsis_lines, punctuation, digits, terminal_punctuation,
          short_lines, newlines)

@@ -9,8 +9,9 @@ Each order leans on the one below with the weight of K imagined observations (Ma
 held-out data for its weights. A context that is seen often trusts its own counts, a new one the lower order.
 
 Counts live in arrays indexed by a hash of the n-gram, so memory does not grow with the corpus, models of two parts merge by
-addition, and all texts of a batch are scored at once. A collision adds the counts of two n-grams, which only hurts once the
-table is full: count at most about 16 characters a slot (`share`).
+addition, and all texts of a batch are scored at once. A collision lends one n-gram the counts of another. Noise gains most
+by it, since all its n-grams are rare: with two characters a slot it is already as probable as the text. So of a large
+corpus only a sample is counted, at most half a character a slot (`share_for`).
 
 A text that was counted knows itself: each trigram of random characters follows its context every single time, which would
 make noise the most probable text of the corpus. So `perplexity` leaves the text's own counts out.
@@ -22,10 +23,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from nanollm.config import UserError
+from nanollm.corpus import ngrams
 
 V, K = 0x110000, 20.0
 START, OPEN, CLOSE = 1, 2, 3                              # code points around each text; no clean text has them
-BATCH = 2**15                                             # characters at once: what fits into the cache is three times faster
+BATCH = 2**15                                             # characters at once, about: what fits into the cache is three times faster
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,21 +45,8 @@ def counted(text, share):
 
 
 def share_for(n_chars, bits=22):
-    """The share of a corpus of `n_chars` characters that fills a table of 2^bits slots with about 16 a slot."""
-    return min(1.0, 16 * 2**bits / max(n_chars, 1))
-
-
-def batches(texts):
-    """The texts in lists of at most BATCH characters (or one longer text)."""
-    batch, size = [], 0
-    for text in texts:
-        if batch and size + len(text) > BATCH:
-            yield batch
-            batch, size = [], 0
-        batch.append(text)
-        size += len(text)
-    if batch:
-        yield batch
+    """The share of a corpus of `n_chars` characters that has half a character a slot of a table of 2^bits slots."""
+    return min(1.0, 2**bits / 2 / max(n_chars, 1))
 
 
 def grams(texts, bits):
@@ -85,10 +74,11 @@ def slots(keys, bits):
 
 
 def count(texts, bits=22, share=1.0):
-    """The CharLM of an iterable of texts: 76 MB at 22 bits, whatever their number."""
+    """The CharLM of a list of texts: 76 MB at 22 bits, whatever their number."""
     lm = CharLM(np.zeros(V, np.int64), np.zeros(2**bits, np.int64), np.zeros(2**bits, np.int64), share)
-    for batch in batches(text for text in texts if counted(text, share)):
-        for table, keys in zip((lm.one, lm.two, lm.three), grams(batch, bits)):
+    texts = [text for text in texts if counted(text, share)]
+    for first, end in ngrams.chunks(texts, BATCH):
+        for table, keys in zip((lm.one, lm.two, lm.three), grams(texts[first:end], bits)):
             np.add.at(table, keys, 1)
     return lm
 
@@ -111,7 +101,8 @@ def perplexity(lm, texts, order=3, leave_out=True):
     """
     bits, results = len(lm.two).bit_length() - 1, []
     total = int(lm.one.sum() - lm.one[START] - lm.one[OPEN])            # those two are never predicted
-    for batch in batches(texts):
+    for first, end in ngrams.chunks(texts, BATCH):
+        batch = texts[first:end]
         codes, pairs, triples, predicted, text_of = grams(batch, bits)
         n1, n2, n3, n = lm.one[codes], lm.two[pairs], lm.three[triples], np.full(len(codes), total)
         lengths = np.array([len(text) + 1 for text in batch])

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from nanollm.config import UserError
-from nanollm.corpus import filters, lm
+from nanollm.corpus import columns, filters, lm
 
 # metric -> (low, high) of its histogram; lengths and perplexity as logarithms, because on the plain scale their tail is long
 # and the mean says nothing about the typical text.
@@ -164,5 +164,4 @@ def outliers(table, cfg):
             low, high = bounds.get(source, {}).get(metric, (-math.inf, math.inf))
             if reasons[row] is None and not low <= measured[i] <= high:
                 reasons[row] = f"sigma_{metric}" if metric in SIGMA else "perplexity_high" if measured[i] > high else "perplexity_low"
-    column, at = pa.array(reasons, pa.string()), table.schema.get_field_index("drop_reason")
-    return table.append_column("drop_reason", column) if at < 0 else table.set_column(at, "drop_reason", column)
+    return columns.with_column(table, "drop_reason", reasons, pa.string())

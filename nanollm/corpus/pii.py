@@ -13,24 +13,29 @@ import datetime
 import ipaddress
 import re
 
-ALONE = r"(?<![0-9A-Za-z])(?<![0-9][.])"                  # no digits cut out of longer ones, of 0.13812345678 or A13812345678
+ALONE = r"(?<![0-9A-Za-z$¥￥€£])(?<![0-9][.])"            # no digits cut out of longer ones, of 0.13812345678, A13812345678 or ¥13812345678
 END = r"(?![0-9A-Za-z])(?![.][0-9])"
 
-EMAIL = re.compile(r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9_%+][A-Za-z0-9._%+-]{0,63}@(?:[A-Za-z0-9][A-Za-z0-9-]{0,62}\.){1,8}[A-Za-z]{2,24}(?![A-Za-z0-9@])")
+EMAIL = re.compile(r"(?<![A-Za-z0-9_%+-])[A-Za-z0-9_%+][A-Za-z0-9._%+-]{0,63}@(?:[A-Za-z0-9][A-Za-z0-9-]{0,62}\.){1,8}[A-Za-z]{2,24}(?![A-Za-z0-9@])")
 DIGITS = re.compile(r"[0-9][0-9 .()-]{5,}[0-9]")          # the screen: nothing below matches a text without this
 RESIDENT = re.compile(ALONE + r"([1-8][0-9]{5})((?:18|19|20)[0-9]{2})([01][0-9])([0-3][0-9])([0-9]{3})([0-9Xx])" + END)
 CARD = re.compile(ALONE + r"[2-6](?:[0-9]{15,18}|[0-9]{3}(?:([ -])[0-9]{4})(?:\1[0-9]{4}){2}(?:\1[0-9]{1,3})?)" + END)
 SSN = re.compile(r"(?<![0-9A-Za-z.-])(?!000|666|9)[0-9]{3}-(?!00)[0-9]{2}-(?!0000)[0-9]{4}(?![0-9A-Za-z-])")
-MOBILE = re.compile(ALONE + r"(?:\+?86[- ]?)?1[3-9][0-9](?:[- ]?[0-9]{4}){2}" + END)
+# Not a quantity: 13812345678元, 15000000000.
+MOBILE = re.compile(ALONE + r"(?:\+?86[- ]?)?1[3-9][0-9](?:[- ]?[0-9]{4}){2}(?<!000000)" + END
+                    + r"(?! ?(?:[元圆亿吨]|[美日欧港]元|人民币|(?i:yuan|rmb|dollars|usd|euros?|yen|bytes|tons)\b))")
 # North America: the area code and the exchange begin with 2 to 9; 300 400 5000 is more often three numbers than one.
 NANP = re.compile(ALONE + r"(?:\+?1[-. ]?)?(?:\([2-9][0-9]{2}\) ?[2-9][0-9]{2}[-. ]|[2-9][0-9]{2}([-.])[2-9][0-9]{2}\1)[0-9]{4}" + END)
 PHONE_WORD = (r"((?:电话|電話|传真|傳真|座机|热线|熱線|手机|手機|联系方式|拨打|(?i:\btel|\bphone|\bfax|\bcall|\bmobile)\b)[^0-9\n+(]{0,8})")
 LANDLINE = re.compile(PHONE_WORD + r"(?:\(?0[0-9]{2,3}\)?[- ]?[2-9][0-9]{2,3}[- ]?[0-9]{4}(?:-[0-9]{1,5})?|[48]00[- ]?[0-9]{3,4}[- ]?[0-9]{3,4}"
                       r"|\+?[0-9]{1,3}[- ][0-9]{2,4}[- ][0-9]{3,4}[- ][0-9]{3,4}|[2-9][0-9]{2}[-. ][0-9]{3}[-. ][0-9]{4})" + END)
+# 微信号：zhangsan, 微信：abc_123; not 微信 Windows 版: a colon or 号 must stand between, and without both of them a digit or _ in the name.
+WECHAT, WECHAT_ID = "(?:微信|(?i:wechat|weixin))", "(?:号| ?(?i:id))"
 ACCOUNT = re.compile(r"((?:(?<![A-Za-z])QQ(?:号码?|群)?|(?:加|扣)[qQ]{2})[：: 号为是]{0,3})[1-9][0-9]{4,10}" + END
-                     + r"|((?:微信号?|(?i:wechat|weixin))[：: 号为是]{1,3})[A-Za-z][A-Za-z0-9_-]{5,19}(?![A-Za-z0-9_-])")
-VERSION = r"(?<!版本)(?<!版本 )(?<!版本号)(?<!ersion )(?<!第)"
-IPV4 = re.compile(VERSION + r"(?<![0-9A-Za-z.-])(?:[0-9]{1,3}\.){3}[0-9]{1,3}(?![0-9A-Za-z])(?![.-][0-9])")
+                     + rf"|({WECHAT}{WECHAT_ID}[：:] ?|{WECHAT}(?:{WECHAT_ID}[ 为是]{{1,2}}|[：:] ?)(?=[A-Za-z-]+[0-9_]))"
+                     + r"[A-Za-z][A-Za-z0-9_-]{5,19}(?![A-Za-z0-9_-])")
+NUMBERED = re.compile(r"(?:版本号?|version|section|chapter|[第章节§]) ?\Z", re.I)        # what stands before no address
+IPV4 = re.compile(r"(?<![0-9A-Za-z.-])(?:[0-9]{1,3}\.){3}[0-9]{1,3}(?![0-9A-Za-z])(?![.-][0-9])(?! ?[章节条])")
 IPV6 = re.compile(r"(?<![0-9A-Za-z:.])(?:[0-9A-Fa-f]{1,4}:){7}[0-9A-Fa-f]{1,4}(?![0-9A-Za-z:])")
 
 
@@ -67,7 +72,7 @@ def mask(text):
     """The text with personal data as tags. Screened first: most documents have neither an @ nor a long digit run."""
     if "@" in text:
         text = EMAIL.sub("<EMAIL>", text)
-    if any(word in text for word in ("QQ", "qq", "微信", "echat", "eixin")):
+    if any(word in text for word in ("QQ", "qq", "微信", "echat", "eChat", "eixin")):
         text = ACCOUNT.sub(lambda m: (m[1] or m[2]) + "<ID>", text)
     if DIGITS.search(text):
         text = RESIDENT.sub(lambda m: "<ID>" if is_date(m[2], m[3], m[4]) and mod_11_2(m[0]) else m[0], text)
@@ -75,7 +80,7 @@ def mask(text):
         text = SSN.sub("<ID>", text)
         text = NANP.sub("<PHONE>", MOBILE.sub("<PHONE>", text))
         text = LANDLINE.sub(r"\1<PHONE>", text)
-        text = IPV4.sub(lambda m: "<IP>" if is_public(m[0]) else m[0], text)
+        text = IPV4.sub(lambda m: "<IP>" if is_public(m[0]) and not NUMBERED.search(m.string[max(0, m.start() - 9):m.start()]) else m[0], text)
     if text.count(":") >= 7:
         text = IPV6.sub(lambda m: "<IP>" if is_public(m[0]) else m[0], text)
     return text
