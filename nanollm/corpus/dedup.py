@@ -735,8 +735,8 @@ def largest_clusters(parts, work, count=10, members=3):
         row["members"] = row["members"][:members]
     wanted = np.array(sorted({document["docno"] for row in rows for document in (row, *row["members"])}), dtype=np.int64)
     texts = dict(zip(wanted.tolist(), texts_at(parts, np.load(work / "starts.npy"), wanted)))
-    return [{"size": row["size"], "id": row["id"], "text": texts[row["docno"]],
-             "members": [{k: m[k] for k in ("id", "kind", "jaccard")} | {"text": texts[m["docno"]]} for m in row["members"]]}
+    return [{"size": row["size"], "id": row["id"], "text": texts[row["docno"]][:200],
+             "members": [{k: m[k] for k in ("id", "kind", "jaccard")} | {"text": texts[m["docno"]][:200]} for m in row["members"]]}
             for row in rows]
 
 

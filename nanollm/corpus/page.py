@@ -56,8 +56,17 @@ def render(name, r):
     """The page: counts, histograms, and examples of what went. Lengths are counted by powers of two: 512 means 512 to 1,023."""
     parts = [f"<h1>{html.escape(name)}</h1><p class='big'>{html.escape(summary(r))}</p>"]
     for key, title in TITLES.items():
-        if r.get(key):
-            parts.append(f"<h2>{title}</h2>{bars(r[key])}")
+        counts = {name: n for name, n in r.get(key, {}).items() if (key, name) != ("cluster_sizes", "1")}
+        if counts:
+            parts.append(f"<h2>{title}</h2>{bars(counts)}")
+    if r.get("largest_clusters"):
+        parts.append("<h2>Largest groups of duplicates</h2><table>")
+        for group in r["largest_clusters"]:
+            members = [(group["id"], f"stays for {group['size'] - 1:,}", group["text"]),
+                       *((m["id"], m["kind"] + (f" {m['jaccard']:.2f}" if m["jaccard"] else ""), m["text"]) for m in group["members"])]
+            parts += [f'<tr><td class="n">{html.escape(i)}</td><td class="n">{html.escape(why)}</td><td class="text">{html.escape(text[:100])}</td></tr>'
+                      for i, why, text in members]
+        parts.append("</table>")
     if r["examples"]:
         parts.append("<h2>Examples of what was dropped</h2><table>")
         parts += [f'<tr><td class="n">{html.escape(reason)}</td><td class="n">{html.escape(row["id"])}</td>'

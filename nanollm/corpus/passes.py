@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanollm.corpus import decontaminate, dedup, lm, ngrams, outliers, parts, sentences, simhash, soft
+from nanollm.corpus import decontaminate, dedup, lm, ngrams, outliers, parts, sentences, soft
 
 GROUPS = 64                               # a pass is cut into so many pieces of work
 
