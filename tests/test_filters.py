@@ -35,7 +35,8 @@ ZH = [
     "当月亮走到太阳和地球之间，它背对我们，这就是新月；当地球走到太阳和月亮之间，我们看到的是满月。有人以为月缺是地球的影子造成的，其实那是月食，"
     "一年里只有几次，而月亮的圆缺每个月都在发生。",
     "用PyTorch训练模型时，先用Dataset和DataLoader读取数据，再定义Transformer Encoder和Decoder的结构。优化器一般选AdamW，学习率用cosine scheduler逐步降低。如果显存不够，可以打开gradient "
-    "checkpointing，Gradient Accumulation或者FlashAttention，或者用FSDP把参数分到多张卡上。训练过程中要把loss和gradient norm写进TensorBoard，发现NaN就降低learning rate。混合精度推荐bfloat16，它不需要GradScaler，也可以用DeepSpeed。"
+    "checkpointing，Gradient Accumulation或者FlashAttention，或者用FSDP把参数分到多张卡上。训练过程中要把loss和gradient norm写进TensorBoard，"
+    "发现NaN就降低learning rate。混合精度推荐bfloat16，它不需要GradScaler，也可以用DeepSpeed。"
     "最后用torch.save保存state_dict，再用Evaluation Harness在HellaSwag上测试效果。",
 ]
 LISTS = ["\n".join(f"{i}. {name}" for i, name in enumerate(
@@ -80,9 +81,11 @@ PAIRS = [
     ("language", "English", "Кириллица"),
     ("curly_brackets", WORDS, WORDS + "{"), ("curly_brackets", HAN, HAN + "}"),
     ("function_words", "Red bread of the", "Red bread the the"), ("function_words", "好书人", "好书"),
-    ("word_length", "one two three four 好好", "a bc de 好"), ("word_length", "cat dog fox", "cat dog ox"), ("word_length", "abcdefghij " * 9, "abcdefghij " * 9 + "abcdefghijk"),
+    ("word_length", "one two three four 好好", "a bc de 好"),
+    ("word_length", "cat dog fox", "cat dog ox"), ("word_length", "abcdefghij " * 9, "abcdefghij " * 9 + "abcdefghijk"),
     ("alphabetic", "ab " * 80 + "1 " * 20, "ab " * 79 + "1 " * 21), ("alphabetic", HAN[:735] + "，" * 265, HAN[:734] + "，" * 266),
-    ("symbols", "### ab " * 10 + "ab " * 60, "### ab " * 10 + "ab " * 59), ("symbols", "ab " * 90 + "# " * 10, "ab " * 89 + "# " * 11), ("symbols", "好" * 80 + "……好" * 10, "好" * 69 + "……好" * 10),
+    ("symbols", "### ab " * 10 + "ab " * 60, "### ab " * 10 + "ab " * 59),
+    ("symbols", "ab " * 90 + "# " * 10, "ab " * 89 + "# " * 11), ("symbols", "好" * 80 + "……好" * 10, "好" * 69 + "……好" * 10),
     ("bullets", "- ab\n" * 9 + "ab", "- ab\n" * 10), ("bullets", "● 好\n" * 9 + "好", "● 好\n" * 10), ("bullets", "- ab\n- ab", "- ab\n- ab\n• ab"),
     ("ellipsis_lines", "ab...\n" * 3 + "ab\n" * 7, "ab...\n" * 4 + "ab\n" * 6), ("ellipsis_lines", "好……\n" * 3 + "好\n" * 7, "好……\n" * 4 + "好\n" * 6),
     ("punctuation", "a" * 65 + "!" * 35, "a" * 64 + "!" * 36), ("punctuation", HAN[:65] + "，" * 35, HAN[:64] + "，" * 36),

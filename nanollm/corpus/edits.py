@@ -217,7 +217,7 @@ OUTSIDE_CODE = {"markup": markup, "urls": urls, "wiki_marks": wiki_marks, "repea
 AFTER_CODE_IS_SHOWN = {"pii": pii.mask}
 EDITS = BEFORE_CODE_IS_HIDDEN | OUTSIDE_CODE | AFTER_CODE_IS_SHOWN
 ROUNDS = 8                                                # more than any text needs
-OPENING = dict.fromkeys(map(ord, "<&[("))                 # what edits take off in pairs, from the inside
+OPENING = dict.fromkeys(map(ord, "<&[("))                 # what edits take off layer by layer, from the inside
 USUAL = ("characters", "markup", "urls", "repeated_punctuation", "punctuation", "boilerplate", "blanks")
 
 

@@ -10,8 +10,8 @@ held-out data for its weights. A context that is seen often trusts its own count
 
 Counts live in arrays indexed by a hash of the n-gram, so memory does not grow with the corpus, models of two parts merge by
 addition, and all texts of a batch are scored at once. A collision lends one n-gram the counts of another. Noise gains most
-by it, since all its n-grams are rare: with two characters a slot it is already as probable as the text. So of a large
-corpus only a sample is counted, at most half a character a slot (`share_for`).
+by it, since all its n-grams are rare: with four characters a slot most of it passes for text. So of a large corpus only
+a sample is counted, at most half a character a slot (`share_for`).
 
 A text that was counted knows itself: each trigram of random characters follows its context every single time, which would
 make noise the most probable text of the corpus. So `perplexity` leaves the text's own counts out.
