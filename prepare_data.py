@@ -117,7 +117,7 @@ def dedup(cfg):
         return [(deduplication.drop_duplicates, deduplication.Decisions(str(work)))]
 
     def extra():
-        return found | {"largest_clusters": deduplication.largest_clusters(source.paths, work)}
+        return found | {"largest_clusters": deduplication.largest_clusters(source.paths, work, chars=200)}
     report = driver.run_stage(cfg, "dedup", driver.part_tasks(source), steps, settings_of(cfg, source), [deduplication, minhash, simhash], extra)
     if report:
         shutil.rmtree(work, ignore_errors=True)
@@ -184,8 +184,8 @@ def score(cfg):
     settings, path = scoring.Score(cfg.scorer, cfg.select, cfg.threshold, cfg.low, cfg.high, cfg.seed), Path(cfg.scorer.rpartition(":")[0])
     if cfg.scorer:
         scoring.load_scorer(cfg.scorer)                   # refused at once if it cannot be loaded
-    made_by = {"scorer_hash": driver.file_hash(path)} if cfg.scorer else {}
-    return driver.run_stage(cfg, "score", driver.part_tasks(source), lambda: [(scoring.score, settings)], settings_of(cfg, source, **made_by), [scoring, columns, ngrams])
+    what = settings_of(cfg, source, **{"scorer_hash": driver.file_hash(path)} if cfg.scorer else {})
+    return driver.run_stage(cfg, "score", driver.part_tasks(source), lambda: [(scoring.score, settings)], what, [scoring, columns, ngrams])
 
 
 def tokenizer(cfg):

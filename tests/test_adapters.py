@@ -221,7 +221,7 @@ def test_a_named_adapter_is_obeyed_and_an_unknown_one_refused():
     assert detect(row) == "baike" and adapt(row, "text")[0] == ANSWER
     with pytest.raises(ValueError, match="missing_text"):
         adapt({"text": ANSWER}, "baike")
-    with pytest.raises(UserError, match="--adapter.*baike"):
+    with pytest.raises(UserError, match="adapter.*baike"):
         adapt(row, "baidu")
 
 

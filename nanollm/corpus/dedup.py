@@ -560,7 +560,7 @@ def begin(parts, work, cfg):
         if (work / "deduplication.json").read_text(encoding="utf-8") == text:
             return
         shutil.rmtree(work)
-    elif work.exists() and any(path.name != "deduplication.json.tmp" for path in work.iterdir()):
+    elif work.exists() and any(path.suffix != ".tmp" for path in work.iterdir()):
         raise UserError(f"{work} holds something that deduplication did not write; choose another directory")
     work.mkdir(parents=True, exist_ok=True)
     with written(work / "deduplication.json") as aside:
@@ -726,8 +726,9 @@ def lines(report):
                    f"{report['only_exact']:,} documents are too short for near copies"]
 
 
-def largest_clusters(parts, work, count=10, members=3):
-    """The `count` largest clusters: [{"size", "id", "text", "members": the first few as {"id", "kind", "jaccard", "text"}}]."""
+def largest_clusters(parts, work, count=10, members=3, chars=None):
+    """The `count` largest clusters: [{"size", "id", "text", "members": the first few as {"id", "kind", "jaccard", "text"}}], of the
+    texts the first `chars` characters."""
     work = Path(work)
     table = pq.read_table(work / "clusters.parquet")
     rows = table.take(np.argsort(-table["size"].to_numpy(), kind="stable")[:count]).to_pylist()
@@ -735,8 +736,8 @@ def largest_clusters(parts, work, count=10, members=3):
         row["members"] = row["members"][:members]
     wanted = np.array(sorted({document["docno"] for row in rows for document in (row, *row["members"])}), dtype=np.int64)
     texts = dict(zip(wanted.tolist(), texts_at(parts, np.load(work / "starts.npy"), wanted)))
-    return [{"size": row["size"], "id": row["id"], "text": texts[row["docno"]][:200],
-             "members": [{k: m[k] for k in ("id", "kind", "jaccard")} | {"text": texts[m["docno"]][:200]} for m in row["members"]]}
+    return [{"size": row["size"], "id": row["id"], "text": texts[row["docno"]][:chars],
+             "members": [{k: m[k] for k in ("id", "kind", "jaccard")} | {"text": texts[m["docno"]][:chars]} for m in row["members"]]}
             for row in rows]
 
 
