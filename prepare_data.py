@@ -27,9 +27,8 @@ from pathlib import Path
 from nanollm import config, foreign_tokenizers, sampler, tokenizer as tokenizers
 from nanollm.config import UserError
 from nanollm.corpus import adapters, bpe, columns, driver, edits, filters, foreign, io, lm, minhash, ngrams, on_ray, pack, parts, passes, pii
-from nanollm.corpus import clean as cleaning, compare as comparing, decontaminate as decontamination, dedup as deduplication
+from nanollm.corpus import clean as cleaning, compare as comparing, decontaminate as decontamination, dedup as deduplication, wordpiece
 from nanollm.corpus import outliers as outlying, readers, score as scoring, sentences as sentence_dedup, simhash, soft, train_tokenizer as training
-from nanollm.corpus import wordpiece
 from nanollm.corpus.options import Build, Clean, Compare, Decontaminate, Dedup, Demo, Export, Outliers, Score, Sentences, Stage, Tokenize, Tokenizer, Weigh
 from nanollm.corpus.parts import Parts, read_report
 from nanollm.corpus.stage import stage
@@ -103,7 +102,7 @@ def clean(cfg):
 def dedup(cfg):
     """Remove exact copies by hash, and near copies: MinHash-LSH candidates, verified by true Jaccard similarity."""
     settings = deduplication.config_of(cfg)
-    source, work = source_of(cfg, "dedup"), Path(cfg.out) / "dedup.work"
+    source, work = source_of(cfg, "dedup"), driver.work_of(cfg, "dedup")
     found, (shard, of) = {}, driver.shard_of(cfg.shard)
     if of > 1:
         deduplication.sketch_shard(source.paths, work, settings, driver.runner_of(cfg), shard, of)
@@ -125,14 +124,13 @@ def dedup(cfg):
 
 def not_in_shards(cfg):
     if cfg.shard != "0/1":
-        raise UserError("--shard works for clean, score, and the first step of dedup; this stage joins the whole corpus: run it once, "
-                        "or with --runner ray")
+        raise UserError("--shard is for clean, score and the sketches of dedup; this stage joins the whole corpus: run it once, or --runner ray")
 
 
 def two_passes(cfg, name, gather, code, after=lambda source, steps: {}, **more):
     """A stage that sees the whole corpus before it decides: gather(source, work, cfg, run) -> steps. `after` adds to the report."""
     not_in_shards(cfg)
-    source, work, made = source_of(cfg, name), Path(cfg.out) / f"{name}.work", []
+    source, work, made = source_of(cfg, name), driver.work_of(cfg, name), []
     settings, code = settings_of(cfg, source, **more), [passes, columns, ngrams, *code]
 
     def steps():                                          # what was gathered holds for these settings and this code only
@@ -141,24 +139,23 @@ def two_passes(cfg, name, gather, code, after=lambda source, steps: {}, **more):
     report = driver.run_stage(cfg, name, driver.part_tasks(source), steps, settings, code, lambda: after(source, made))
     if report:
         shutil.rmtree(work, ignore_errors=True)
-    return report
 
 
 def outliers(cfg):
     """Drop what the corpus itself finds strange: 3 sigma from the mean of its source, or a perplexity at either end."""
-    return two_passes(cfg, "outliers", passes.outlier_steps, [outlying, lm, filters])
+    two_passes(cfg, "outliers", passes.outlier_steps, [outlying, lm, filters])
 
 
 def sentences(cfg):
     """Cut lines or sentences that stand in many documents (headers, footers, notices) from all of them but the first."""
     one_of(cfg, unit="line sentence")
-    return two_passes(cfg, "sentences", passes.sentence_steps, [sentence_dedup])
+    two_passes(cfg, "sentences", passes.sentence_steps, [sentence_dedup])
 
 
 def weigh(cfg):
     """Soft deduplication: the more like others a document is, the less it weighs; with --thin the weight is its chance to stay."""
     one_of(cfg, by="tfidf commonness")
-    return two_passes(cfg, "weigh", passes.weigh_steps, [soft, deduplication, minhash])
+    two_passes(cfg, "weigh", passes.weigh_steps, [soft, deduplication, minhash])
 
 
 def decontaminate(cfg):
@@ -169,13 +166,14 @@ def decontaminate(cfg):
 
     def found(source, steps):
         rows = passes.contamination(source, steps[0][1], driver.runner_of(cfg))
+        print(f"  {len(rows)} tests of {sum(row['items'] for row in rows):,} items, {sum(row['items_hit'] for row in rows):,} of them found")
         for row in rows:
             if row["items_hit"]:
                 print(f"  {row['task']}: {row['items_hit']:,} of {row['items']:,} items found, {row['coverage']:.0%} of their n-grams on the "
                       f"average, in {row['documents']:,} documents")
         return {"tasks": rows}
     tests = [path for _, path in decontamination.evaluation_files(cfg.eval_data)]
-    return two_passes(cfg, "decontaminate", passes.decontamination_steps, [decontamination], found, tests=[driver.file_hash(p) for p in tests])
+    two_passes(cfg, "decontaminate", passes.decontamination_steps, [decontamination], found, tests=[driver.file_hash(p) for p in tests])
 
 
 def score(cfg):
@@ -185,7 +183,7 @@ def score(cfg):
     if cfg.scorer:
         scoring.load_scorer(cfg.scorer)                   # refused at once if it cannot be loaded
     what = settings_of(cfg, source, **{"scorer_hash": driver.file_hash(path)} if cfg.scorer else {})
-    return driver.run_stage(cfg, "score", driver.part_tasks(source), lambda: [(scoring.score, settings)], what, [scoring, columns, ngrams])
+    driver.run_stage(cfg, "score", driver.part_tasks(source), lambda: [(scoring.score, settings)], what, [scoring, columns, ngrams])
 
 
 def tokenizer(cfg):
@@ -215,8 +213,10 @@ def compare(cfg):
     """Several tokenizers side by side: bytes and characters a token by language, speed, and what the embedding costs."""
     if not cfg.tokenizer and not cfg.vocab_size:
         raise UserError("--tokenizer or --vocab_size: name the tokenizers to compare, or sizes to train ours at")
-    tasks = raw_tasks(cfg)
-    learn, measure = comparing.split(lambda: (row["text"] for task in tasks for row in io.documents(task, lambda *bad: None) if not row["drop_reason"]))
+    tasks, unread = raw_tasks(cfg), set()
+    learn, measure = comparing.split(lambda: (row["text"] for task in tasks for row in io.documents(
+        task, lambda line, *why: unread.add((task.path, line))) if not row["drop_reason"]))
+    print(f"  {len(unread):,} rows could not be read and are left out (`prepare_data.py clean` says why)" if unread else "", end="\n" * bool(unread))
     tried = comparing.our_sizes(learn, [config.convert("vocab_size", size, 0, "command line") for size in cfg.vocab_size], cfg.han_run)
     tried |= {path: tokenizers.load(path) for path in cfg.tokenizer}
     rows = comparing.compare(tried, comparing.by_language(measure), cfg.dim, cfg.layers, cfg.hidden_dim, cfg.tied)
@@ -246,15 +246,17 @@ def tokenize(cfg):
 
 
 def export(cfg):
-    """Write the documents of a stage as JSON lines: {"text"}, chats as {"messages"}, pairs as {"prompt", "chosen", "rejected"}."""
-    path, n = parts.export(source_of(cfg, "export"), cfg.dropped)
-    print(f"{n:,} rows -> {path.as_posix()}")
+    """Write the documents of a stage as JSON lines, beside its parts: {"id", "text"}, chats as {"messages"}, pairs as {"prompt", "chosen", "rejected"}."""
+    print("{1:,} rows -> {0}".format(*parts.export(source_of(cfg, "export"), cfg.dropped)))
 
 
 def build(cfg):
     """clean, dedup, (decontaminate,) tokenizer, tokenize: from raw files to what `train_pretrain.py --data` reads."""
     if cfg.shard != "0/1":
         raise UserError("--shard is for one stage at a time: run clean --shard i/n everywhere, then clean once, then dedup …")
+    # what would be refused in an hour is refused now
+    deduplication.config_of(cfg), decontamination.evaluation_files(cfg.eval_data)
+    tokenizers.load(cfg.tokenizer) if cfg.tokenizer else training.check(cfg.kind, cfg.vocab_size)
     stages = [(clean, Clean), (dedup, Dedup), *[(decontaminate, Decontaminate)] * bool(cfg.eval_data), (tokenizer, Tokenizer), (tokenize, Tokenize)]
     last = None
     for function, cls in stages:
@@ -268,10 +270,9 @@ def build(cfg):
     print(f"next: python train_pretrain.py --data {Path(cfg.out, 'tokens').as_posix()}")
 
 
-COMMANDS = {"demo": (demo, Demo), "clean": (clean, Clean), "dedup": (dedup, Dedup), "sentences": (sentences, Sentences),
-            "weigh": (weigh, Weigh), "outliers": (outliers, Outliers),
-            "decontaminate": (decontaminate, Decontaminate), "score": (score, Score), "tokenizer": (tokenizer, Tokenizer),
-            "compare": (compare, Compare), "tokenize": (tokenize, Tokenize), "export": (export, Export), "build": (build, Build)}
+COMMANDS = {f.__name__: (f, options) for f, options in (
+    (demo, Demo), (clean, Clean), (dedup, Dedup), (sentences, Sentences), (weigh, Weigh), (outliers, Outliers), (decontaminate, Decontaminate),
+    (score, Score), (tokenizer, Tokenizer), (compare, Compare), (tokenize, Tokenize), (export, Export), (build, Build))}
 
 
 def strictly(function, cfg):

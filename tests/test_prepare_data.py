@@ -220,7 +220,7 @@ def bad_inputs(tmp):
         (tmp / name).write_bytes(data)
         return tmp / name
 
-    pq.write_table(pa.table({"content": ["x"]}), tmp / "column.parquet")
+    pq.write_table(pa.table({"body": ["x"]}), tmp / "column.parquet")
     pq.write_table(pa.table({"text": SENTENCES}), tmp / "good.parquet")
     good, whole = corpus(tmp / "good.jsonl"), (tmp / "good.parquet").read_bytes()
     clean, out = ["clean", "--out", tmp / "out", "--input"], ["--out", tmp / "out"]
@@ -241,7 +241,7 @@ def bad_inputs(tmp):
         "a cut gz": ([*clean, write("h.jsonl.gz", gzip.compress(good.read_bytes())[:1500])], "unreadable_file"),
         "a gz that is none": ([*clean, write("i.txt.gz", b"hello there")], "unreadable_file"),
         "a cut parquet": ([*clean, write("j.parquet", whole[:len(whole) // 2])], "unreadable_file"),
-        "a parquet without text": ([*clean, tmp / "column.parquet"], "content"),
+        "a parquet without text": ([*clean, tmp / "column.parquet"], "known keys"),
         "only junk": ([*clean, write("m.txt", b"short\n!!\n")], "none of 2 documents"),
         "--doc_sep nonsense": ([*clean, good, "--doc_sep", "page"], "--doc_sep"),
         "an unknown option": ([*clean, good, "--min_char", "3"], "min_chars"),

@@ -25,6 +25,7 @@ huozi              huozi_rlhf_data_json: {prompt, chosen, reject}, newlines writ
 preference         rlhf-reward-single-round-trans_chinese: {prompt, chosen, rejected}; hh-rlhf      dataset cards; hh: memory
                    {chosen, rejected} as transcripts; sides as strings, messages, lists
 web_page           what `foreign.read_warc` yields: {url, mime, ok, text}                           (ours)
+article             any other {title?, content}
 
 The thresholds of the question-and-answer sources are those of charent/ChatLM-mini-Chinese, which the notes follow.
 """
@@ -154,6 +155,11 @@ def answered(title, description, answer, min_question, min_answer, reason=None):
 
 # ---- one function a source: row -> (text, meta, reason) --------------------------------------------------------------
 
+def article(row):
+    """{title?, content}: any other row whose text is called so."""
+    return "\n".join(filter(None, [optional(row.get("title")), string(row["content"])])), {}, None
+
+
 def plain(row):
     return string(row.get("text")), {}, None
 
@@ -265,6 +271,7 @@ ADAPTERS = {
     "wikipedia_cn": (wikipedia_cn, ["completion source"]),
     "web_page": (web_page, ["mime ok text"]),
     "text": (plain, ["text"]),
+    "article": (article, ["content"]),
 }
 
 
@@ -275,7 +282,8 @@ def adapter_for(keys):
 
 def detect(row):
     """The adapter whose keys the row has, or None. Keys with a value count first: a table fills the others with null."""
-    return adapter_for(tuple(key for key, value in row.items() if value is not None)) or adapter_for(tuple(row))
+    name = adapter_for(tuple(key for key, value in row.items() if value is not None))
+    return adapter_for(tuple(row)) if name in (None, "article") else name      # article: only where nothing else fits
 
 
 def adapt(row, name="auto"):

@@ -36,6 +36,8 @@ def by_language(texts):
 def our_sizes(texts, sizes, han_run=16):
     """{"bpe 2,048": tokenizer, ...}: our BPE with each of `sizes` ids. Merges are learned in order of use, so a smaller
     vocabulary is the beginning of a larger one; only where the pre-tokenizer changes (digits) it is learned anew."""
+    if sizes and min(sizes) < 256 + len(CONTROL):
+        raise UserError(f"--vocab_size {min(sizes)} is too small: 256 bytes and {len(CONTROL)} control tokens come first")
     out = {}
     for pattern in sorted({pattern_for(size, han_run) for size in sizes}):
         same = [size for size in sizes if pattern_for(size, han_run) == pattern]

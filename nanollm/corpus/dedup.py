@@ -551,10 +551,17 @@ def write_clusters(parts, starts, work):
 
 # ---- the pipeline ----------------------------------------------------------------------------------------------------
 
+def contents_of(part):
+    """What identifies a part on every machine, whatever its directory is called there: the hash in its sidecar, else when it was written."""
+    sidecar = Path(part).with_suffix(".json")
+    known = json.loads(sidecar.read_text(encoding="utf-8"))["blake2b"] if sidecar.exists() else os.stat(part).st_mtime_ns
+    return [Path(part).name, os.stat(part).st_size, known]
+
+
 def begin(parts, work, cfg):
     """Make `work` ready and write its deduplication.json; work that was begun with other settings or other parts is thrown away."""
     code = hashlib.blake2b(b"".join(Path(m).read_bytes() for m in (__file__, minhash.__file__, simhash.__file__)), digest_size=8).hexdigest()
-    plan = {"config": dataclasses.asdict(cfg), "code": code, "parts": [[str(p), os.stat(p).st_size, os.stat(p).st_mtime_ns] for p in parts]}
+    plan = {"config": dataclasses.asdict(cfg), "code": code, "parts": [contents_of(p) for p in parts]}
     text = json.dumps(plan, ensure_ascii=False, indent=1) + "\n"
     if (work / "deduplication.json").exists():
         if (work / "deduplication.json").read_text(encoding="utf-8") == text:

@@ -152,6 +152,9 @@ def tally(counts, before, out, drop):
         edits = [e for e in out["edits"].to_pylist() if e]
         counts[("changed",)] += len(edits)
         counts.update(("edited", name) for e in edits for name in e.split(","))
+    if "quality" in out.column_names and out["quality"].null_count < out.num_rows:
+        tenths, n = np.unique(np.floor(out["quality"].drop_null().to_numpy() * 10).astype(int), return_counts=True)
+        counts.update({("quality", f"{t / 10:.1f}"): k for t, k in zip(tenths.tolist(), n.tolist())})
     lengths = np.asarray(pc.utf8_length(out["text"]), dtype=np.int64)
     powers, n = np.unique(np.ceil(np.log2(lengths + 1)).astype(int), return_counts=True)
     counts.update({("lengths", str(1 << max(p - 1, 0))): k for p, k in zip(powers.tolist(), n.tolist())})
@@ -262,7 +265,9 @@ def with_peak(function, item):
 
 
 def trouble(label, e):
-    """What a full disk (or a broken one) is to the user."""
+    """What a full disk (or a broken one, or a second process on the same directory) is to the user."""
+    if isinstance(e, FileNotFoundError):
+        return UserError(f"{label}: {e.filename} has vanished: another process has worked on the same directory; run the same command again")
     return UserError(f"{label}: {e}; what is finished is kept: mend that and run the same command again")
 
 
@@ -291,6 +296,14 @@ def show(bar, by_bytes, items):
     if docs:
         bar.set_postfix_str(f"{docs / max(time.time() - bar.start_t, 1e-9):,.0f} docs/s, kept {kept / docs:.1%}", refresh=False)
     bar.update(moved - bar.n if by_bytes else items)
+
+
+def work_of(cfg, name):
+    """OUT/NAME.work, where a stage gathers what it needs; empty with --force."""
+    work = Path(cfg.out) / f"{name}.work"
+    if cfg.force:
+        shutil.rmtree(work, ignore_errors=True)
+    return work
 
 
 def runner_of(cfg):
@@ -393,7 +406,8 @@ def finish(cfg, name, target, n, signature, settings, seconds, docs, extra):
     if max(bad / max(report["in"], 1), lost / len(files)) > cfg.max_bad:
         raise UserError(too_bad(bad, report["in"], cfg.max_bad, first_bad, target))
     if not report["kept"]:
-        raise UserError(f"{name}: none of {report['in']:,} documents is left; dropped: {report['dropped']}")
+        raise UserError(f"{name}: none of {report['in']:,} documents is left; dropped: {page.shares(report['dropped'], report['in'])}; unreadable: "
+                        f"{page.shares(report['quarantined'], report['in'])} (see {target.as_posix()}/quarantine.jsonl)")
     report |= extra() | {"first_bad": first_bad, "seconds": round(seconds, 2), "docs_per_second": round(docs / max(seconds, 1e-9)),
                          "peak_rss_mb": max(_peaks), "parts": [f"{stem}.parquet" for stem in stems], "settings": settings,
                          "output": hashlib.blake2b("".join(s["blake2b"] for s in sidecars).encode(), digest_size=16).hexdigest(),

@@ -213,7 +213,8 @@ def documents(task, bad, moved=lambda position: None):
         try:
             text, meta, reason = adapters.adapt(row, task.adapter)
         except ValueError as e:
-            bad(number, str(e), json.dumps(row, default=str, ensure_ascii=False).encode("utf-8", "replace"), "")
+            known = "known keys: text, content, messages, instruction and output, … (adapters.py)" if str(e) == "missing_text" else ""
+            bad(number, str(e), json.dumps(row, default=str, ensure_ascii=False).encode("utf-8", "replace"), known)
             continue
         for k, piece in enumerate([text] if meta else pieces(text), 1):
             yield {"id": f"{name}:{number}" + f"#{k}" * (k > 1), "text": writable(piece), "source": task.source,

@@ -104,7 +104,7 @@ def jieba_words(text):
     try:
         import jieba
     except ImportError:
-        raise UserError("shingle = jieba needs the package jieba: pip install 'nanollm[jieba]'") from None
+        raise UserError("shingle = jieba needs the package jieba: pip install -e '.[jieba]'") from None
     jieba.setLogLevel("WARNING")
     return [word for word in jieba.cut(unicodedata.normalize("NFC", text).lower()) if WORD.match(word)]
 
@@ -323,7 +323,7 @@ def plot_s_curve(path, settings):
     try:
         from matplotlib.figure import Figure                                # without pyplot: no window system is asked for
     except ImportError:
-        raise UserError("the picture needs matplotlib: pip install 'nanollm[plot]'") from None
+        raise UserError("the picture needs matplotlib: pip install -e '.[plot]'") from None
     similarity, axes = np.linspace(0, 1, 501), Figure(figsize=(7, 4.5)).subplots()
     for label, (bands, rows) in settings.items():
         axes.plot(similarity, candidate_probability(similarity, bands, rows), label=f"{label}: {bands} x {rows}")

@@ -24,7 +24,7 @@ def start():
     try:
         import ray
     except ImportError:
-        raise UserError("--runner ray needs Ray: pip install \"nanollm[ray]\" (or leave --runner local)") from None
+        raise UserError("--runner ray needs Ray: pip install -e '.[ray]' (or leave --runner local)") from None
     if not ray.is_initialized():
         ray.init(log_to_driver=False, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, [
             os.getcwd(), os.environ.get("PYTHONPATH")]))}})

@@ -24,6 +24,7 @@ class Stage:                                              # what every stage on 
 
 @dataclass
 class Clean(Stage):
+    input: list = arg([], "raw files or directories, each perhaps NAME=PATH")
     recipe: str = arg("default", "edits and filters: a file, or a name from recipes/ (default, web, encyclopedia, chat, verse)")
     min_chars: int = arg(0, "shorter documents are dropped; 0 = what the recipe says", unit="characters")
 
@@ -98,7 +99,7 @@ class Tokenizer(Stage):
 
 @dataclass
 class Tokenize(Stage):
-    tokenizer: str = arg("", "a directory, .model, tokenizer.json or .tiktoken (default: OUT/tokenizer)")
+    tokenizer: str = arg("", "a directory, .model, tokenizer.json or .tiktoken; empty: OUT/tokenizer")
     val_fraction: float = arg(0.02, "share of documents held out for validation, chosen by a hash of their text")
     seed: int = arg(1234, "order of the documents in the token files")
     shard_tokens: int = arg(1 << 28, "most tokens of one file", least=1)
@@ -122,6 +123,8 @@ class Compare:
 @dataclass
 class Build(Tokenize, Tokenizer, Decontaminate, Dedup, Clean):                         # only to have the options of all
     """clean, dedup, decontaminate if --eval_data is given, tokenizer, tokenize."""
+    input: list = arg([], "raw files or directories, each perhaps NAME=PATH")
+    tokenizer: str = arg("", "use this one instead of training: a directory, .model, tokenizer.json or .tiktoken")
 
 
 @dataclass

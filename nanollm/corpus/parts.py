@@ -142,7 +142,7 @@ class Parts:
             now = read_report(made_from[0])
             if now and now["output"] != made_from[1]:
                 raise UserError(f"{directory.as_posix()} was made from an earlier {made_from[0]}: run `python prepare_data.py {directory.name}` "
-                                "again, or name what you mean with --input")
+                                "again, or remove that directory if you do not want the stage, or name what you mean with --input")
             directory = Path(made_from[0])
 
     def __len__(self):

@@ -13,6 +13,16 @@ TRAINABLE = ("bpe", "char", "wordpiece", "sp_bpe", "sp_unigram")
 LINE = 1000               # characters; SentencePiece leaves out lines of more than 4,192 bytes with no more than a warning
 
 
+def check(kind, vocab_size):
+    """UserError for a kind or a size that no corpus can help."""
+    if kind not in TRAINABLE:
+        raise UserError(f"--kind {kind} is unknown; use one of {', '.join(TRAINABLE)}")
+    least = {"bpe": 256 + len(tokenizers.CONTROL), "sp_bpe": 304, "sp_unigram": 304}.get(kind, 1)
+    if vocab_size < least:
+        raise UserError(f"--vocab_size {vocab_size} is too small for {kind}: 256 bytes and {len(tokenizers.CONTROL)} control tokens come first; 512 is a "
+                        "sensible least")
+
+
 def train_tokenizer(kind, texts, vocab_size, han_run=16, max_bytes=None, say=print):
     """A `Tokenizer` of `kind` learned from an iterable of texts; never more than `max_bytes` of them in memory (default:
     the trainer's own). At most `vocab_size` ids, reserved ones aside. `han_run` is for bpe: WordPiece takes Chinese by
