@@ -33,9 +33,8 @@ INLINE = ("a abbr acronym audio b bdi bdo big button canvas center cite code col
 TAG = r"</?(?:{})(?:\s[^<>=]{{0,100}}=[^<>]{{0,500}}|\s*/?)>"
 BLOCK_TAG = re.compile(TAG.format("|".join(BLOCK.split())), re.I)
 INLINE_TAG = re.compile(TAG.format("|".join(INLINE.split())), re.I)
-# Possessive, and up to the next opening only: .*? would read the rest of the text again for each "<!--" that never ends.
-HIDDEN = re.compile(r"<!--(?:[^<-]++|<(?!!--)|-(?!->))*+-->|<!doctype[^<>]{0,200}>"
-                    r"|<(script|style)\b[^<>]{0,1000}>(?:[^<]++|<(?!/?(?:script|style)\b))*+</\1\s{0,100}>", re.I)
+HIDDEN = re.compile(r"<(?:!doctype[^<>]{0,200}>|(!--)|(script|style)\b[^<>]{0,1000}>)", re.I)
+END_OF_HIDDEN = {"!--": re.compile("-->"), "script": re.compile(r"</script\s{0,100}>", re.I), "style": re.compile(r"</style\s{0,100}>", re.I)}
 
 # A URL ends at a blank, a quote, CJK punctuation or a Chinese character (\S+ would swallow the sentence that follows),
 # and a full stop or bracket at its end belongs to the sentence. No \b in front: Python counts Han as word characters.
@@ -100,9 +99,25 @@ def characters(text):
     return unicodedata.normalize("NFC", text)
 
 
+def strip_hidden(text):
+    """Comments, scripts and styles off. Not one pattern `<!--.*?-->`: that would look for the end of each of a thousand
+    comments that are never closed, and take hours for a megabyte of them. Here the first that has no end is the last asked."""
+    out, at, endless = [], 0, set()
+    for begin in HIDDEN.finditer(text):
+        kind = (begin[1] or begin[2] or "").lower()
+        if begin.start() >= at and kind not in endless:
+            end = END_OF_HIDDEN[kind].search(text, begin.end()) if kind else begin
+            if end:
+                out.append(text[at:begin.start()])
+                at = end.end()
+            else:
+                endless.add(kind)
+    return "".join(out) + text[at:]
+
+
 def markup(text):
     """Tags, comments and scripts off; a block tag leaves a line break, so that no two words grow together."""
-    return INLINE_TAG.sub("", BLOCK_TAG.sub("\n", HIDDEN.sub("", text))) if "<" in text else text
+    return INLINE_TAG.sub("", BLOCK_TAG.sub("\n", strip_hidden(text))) if "<" in text else text
 
 
 def urls(text, tag=""):
