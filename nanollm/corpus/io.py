@@ -167,7 +167,7 @@ def row_group_tasks(whole, step):
     """Whole row groups of a Parquet file, as many as come to `step` bytes."""
     try:
         meta = pq.ParquetFile(whole.path).metadata
-    except (pa.ArrowException, OSError):                 # the reader will report it
+    except (pa.ArrowException, OSError, ValueError):     # the reader will report it (ValueError: a name that is no UTF-8)
         return [whole]
     pieces, begin, rows, size, before = [], 0, 0, 0, 0
     for i in range(meta.num_row_groups):

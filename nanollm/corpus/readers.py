@@ -121,7 +121,7 @@ def read_parquet(path, bad, start=0, stop=-1, first=0):
                 for row in rows_of(batch):
                     number += 1
                     yield number, row
-    except (pa.ArrowException, OSError, *BROKEN) as e:
+    except (pa.ArrowException, OSError, ValueError, *BROKEN) as e:
         if getattr(e, "errno", None):                    # the disk's or the network's fault, not the file's
             raise
         bad(0, "unreadable_file", b"", e)
