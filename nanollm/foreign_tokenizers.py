@@ -215,7 +215,7 @@ def vocab_and_merges(tok):
 
 def tiktoken_files(tok):
     """ranks.tiktoken, and ranks.json with what else tiktoken wants to know:
-    `tiktoken.Encoding(**json.load(open("ranks.json")), mergeable_ranks=load_tiktoken_bpe("ranks.tiktoken"))`."""
+    `tiktoken.Encoding(**json.load(open("ranks.json", encoding="utf-8")), mergeable_ranks=load_tiktoken_bpe("ranks.tiktoken"))`."""
     if tok.kind != "bpe":
         raise UserError(f"a {tok.kind!r} tokenizer cannot be written as tiktoken ranks; export a bpe one")
     ranks = tok.pieces[:256 + len(tok.merge_ids)]

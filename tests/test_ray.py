@@ -7,13 +7,13 @@ import time
 
 import pyarrow as pa
 import pytest
+import ray
 
 import prepare_data
 from conftest import ROOT
 from nanollm.corpus import clean, driver, io, parts
 from test_driver import corpus, files, options, slow
 
-import ray
 WHO, WHAT, WHERE = ("小明", "老师", "医生", "邻居", "农民", "奶奶"), ("苹果", "书", "雨伞", "自行车", "茶壶", "风筝"), ("公园", "车站", "河边", "市场", "学校", "山上")
 rng = random.Random(0)
 VARIED = ["".join(f"{rng.choice(WHO)}在第{rng.randrange(999)}天把{rng.randrange(99)}个{rng.choice(WHAT)}带到了{rng.choice(WHERE)}。" for _ in range(9)) for _ in range(400)]
