@@ -180,7 +180,8 @@ ONEDNN = torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, "_li
 
 
 def by_hand(x):
-    return x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    plain = type(x) is torch.Tensor and x.dtype == torch.float32 and x.device.type == "cpu"
+    return plain and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
 
 
 class RMSNormByHand(torch.autograd.Function):
