@@ -35,8 +35,8 @@ def test_no_warmup_starts_at_the_peak():
 
 
 def test_an_unknown_schedule_or_optimizer_is_refused():
-    with pytest.raises(UserError, match="--schedule linear is unknown"):
-        get_lr(1, 1.0, 0.1, 0, 10, "linear")
+    with pytest.raises(UserError, match="--schedule staircase is unknown"):
+        get_lr(1, 1.0, 0.1, 0, 10, "staircase")
     with pytest.raises(UserError, match="--optimizer sgd is unknown"):
         make_optimizer(tiny_lm(), "sgd")
 
