@@ -439,7 +439,7 @@ REFUSALS = {
     "impossible attention": ("pretrain", lambda t, w: {"attention": "flash"}, "attention must be"),
     "vocabulary too small": ("pretrain", lambda t, w: {"vocab_size": 100}, "smaller than the tokenizer"),
     "unknown rows": ("pretrain", lambda t, w: {"rows": "lines"}, "--rows lines is unknown"),
-    "unknown schedule": ("pretrain", lambda t, w: {"schedule": "linear"}, "--schedule linear is unknown"),
+    "unknown schedule": ("pretrain", lambda t, w: {"schedule": "staircase"}, "--schedule staircase is unknown"),
     "unknown optimizer": ("rm", lambda t, w: {"optimizer": "sgd"}, "--optimizer sgd is unknown"),
     "negative rate": ("dpo", lambda t, w: {"learning_rate": -1}, "at least 0"),
     "rate that is no number": ("dpo", lambda t, w: {"learning_rate": "nan"}, "finite"),
