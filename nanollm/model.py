@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -160,9 +161,10 @@ class TransformerBlock(nn.Module):
         return x + self.feed_forward(self.ffn_norm(x))
 
 
-def causal_mask(T, start, segments=None, seen=None, device=None):
-    """Which of the start + T tokens read so far (their segments: seen) each of the T new ones may look at: itself and what
-    came before, in its own segment. (…, T, start + T) bool, or None where attention needs no mask to be causal."""
+def causal_mask(T, cache=None, segments=None, seen=None, device=None):
+    """Which of the S tokens read so far (their segments: seen) each of the T newest may look at: itself and what came
+    before, in its own segment. (…, T, S) bool, or None where attention needs no mask to be causal."""
+    start = cache.length if cache is not None else 0
     if segments is None and (start == 0 or T == 1):          # is_causal does it (it assumes S = T), or a lone query sees all
         return None
     mask = torch.ones(T, start + T, dtype=torch.bool, device=device).tril(start)
@@ -171,7 +173,7 @@ def causal_mask(T, start, segments=None, seen=None, device=None):
 
 class KVCache:
     """Keys and values of the tokens already read, so that each new token costs one column and not a square."""
-    endless = False             # True: forgets what is far away, so the text may outgrow max_seq_len
+    endless = False             # True: forgets what is far away, so that a text may outgrow max_seq_len
 
     def __init__(self, model=None):
         self.kv = {}                # Attention module -> (k, v), each (B, G, S, D), keys already rotated
@@ -180,6 +182,10 @@ class KVCache:
     @property
     def length(self):
         return next(iter(self.kv.values()))[0].size(2) if self.kv else 0
+
+    @property
+    def position(self):         # of the next token
+        return self.length
 
     def extend(self, module, k, v):
         if module in self.kv:
@@ -212,6 +218,7 @@ class Transformer(nn.Module):
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
         self.mask, self.cache = causal_mask, KVCache          # a variant may put another function and another class here
+        self.checkpointing = False           # True: keep only the blocks' inputs, compute the rest again in the backward pass
         self.init_weights()
 
     def init_weights(self):
@@ -238,21 +245,27 @@ class Transformer(nn.Module):
         apart (1, 2, 3, … along a row) and hides left padding in batched generation (0 for pads, 1 for text).
         Positions need no reset: RoPE only sees distances. None = the whole row is one segment.
         """
-        T, start = tokens.size(1), cache.length if cache is not None else 0
+        T, start = tokens.size(1), cache.position if cache is not None else 0
         if start + T > self.args.max_seq_len:
             raise ValueError(f"{start + T} tokens do not fit into max_seq_len {self.args.max_seq_len}")
         seen = segments
         if cache is not None and segments is not None:
             seen = cache.segments = segments if cache.segments is None else torch.cat((cache.segments, segments), 1)    # (B, S)
-        mask = self.mask(T, start, segments, seen, tokens.device)
+        mask = self.mask(T, cache, segments, seen, tokens.device)
         cos, sin = self.rope_cos[start : start + T], self.rope_sin[start : start + T]
         x = self.dropout(self.tok_embeddings(tokens))                                     # (B, T, C)
         for layer in self.layers:
-            x = layer(x, cos, sin, mask, cache)
+            if self.checkpointing and torch.is_grad_enabled() and cache is None:          # Chen et al. 2016, arXiv:1604.06174
+                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)             # dropout draws the same masks again
+            else:
+                x = layer(x, cos, sin, mask, cache)
         return self.norm(x)
 
-    def forward(self, tokens, segments=None, cache=None):
-        return self.output(self.hidden(tokens, segments, cache))
+    def forward(self, tokens, segments=None, cache=None, head=None):
+        """Logits (B, T, V), or with a head whatever head(hidden (B, T, C), self.output) returns: a loss that never holds all
+        logits is computed in here, inside the one call that DDP, FSDP and torch.compile see."""
+        h = self.hidden(tokens, segments, cache)                                          # (B, T, C)
+        return self.output(h) if head is None else head(h, self.output)
 
 
 class RewardModel(nn.Module):
@@ -266,6 +279,14 @@ class RewardModel(nn.Module):
         self.backbone.output = None          # no vocabulary here: the embedding stays, the output matrix goes
         self.v_head = nn.Linear(args.dim, 1, bias=False)
         nn.init.normal_(self.v_head.weight, std=1 / math.sqrt(args.dim + 1))
+
+    @property
+    def checkpointing(self):
+        return self.backbone.checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, on):
+        self.backbone.checkpointing = on
 
     def forward(self, tokens, segments=None):
         h = self.backbone.hidden(tokens, segments)                                        # (B, T, C)
@@ -283,7 +304,7 @@ def parameter_count(model):
         seen.add(id(p))
         words = name.split(".")
         part = ("norm" if "norm" in words[-2] else "attention" if "attention" in words
-                else "feed_forward" if "feed_forward" in words else "embedding" if "tok_embeddings" in words
+                else "feed_forward" if "feed_forward" in words else "embedding" if {"tok_embeddings", "positions"} & set(words)
                 else "output")
         parts[part] += p.numel()
     parts["total"] = sum(parts.values())
