@@ -21,9 +21,10 @@ from nanollm.data import Ahead, Joined, TokenFile, tokenizer_of
 from nanollm.log import Logger
 from nanollm.losses import IGNORE_INDEX, cross_entropy
 from nanollm.mixture import read_phases, sources_of
-from nanollm.model import ModelArgs, Transformer, flops_per_token, parameter_count
+from nanollm.model import ModelArgs, flops_per_token, parameter_count
 from nanollm.optim import Guard, get_lr, make_optimizer, update
 from nanollm.sampler import Sampler, permute
+from nanollm.variants import build
 
 
 @dataclass
@@ -55,6 +56,7 @@ class Config:
     dropout: float = arg(0.0, "0 for one pass over the data; 0.1 when epochs repeat")
     tie_embeddings: bool = arg(True, "one matrix for input and output; saves vocab_size * dim parameters")
     attention: str = arg("sdpa", "sdpa: PyTorch's kernel; naive: softmax(QK^T/sqrt(d))V spelled out")
+    variants: list = arg([], "architecture options by name, as in docs/variants.md: qk_norm moe:n_experts=8,top_k=2")
     # the run
     max_steps: int = arg(0, "length of the run and of the schedule; 0 = --epochs says it", unit="updates")
     epochs: float = arg(1.0, "passes over the data, unless --max_steps is given")
@@ -128,7 +130,7 @@ def make_model(cfg, tokenizer):
     if cfg.vocab_size and cfg.vocab_size < tokenizer.vocab_size:
         raise UserError(f"--vocab_size {cfg.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}; leave it out")
     try:
-        return Transformer(ModelArgs(**{**fields, "vocab_size": cfg.vocab_size or tokenizer.vocab_size}))
+        return build(ModelArgs(**{**fields, "vocab_size": cfg.vocab_size or tokenizer.vocab_size}))
     except ValueError as e:
         raise UserError(str(e)) from None
 
