@@ -19,7 +19,7 @@ from nanollm import checkpoint, curriculum, dist, evaluation
 from nanollm.config import UserError, arg, run
 from nanollm.data import Ahead, Joined, TokenFile, tokenizer_of
 from nanollm.log import Logger
-from nanollm.losses import IGNORE_INDEX, cross_entropy
+from nanollm.losses import IGNORE_INDEX, linear_cross_entropy
 from nanollm.mixture import read_phases, sources_of
 from nanollm.model import ModelArgs, flops_per_token, parameter_count
 from nanollm.optim import Guard, get_lr, make_optimizer, update
@@ -93,7 +93,7 @@ class Config:
 
 def pretrain_loss(model, inputs, targets, segments):
     """Cross-entropy of every next token, in nats: (sum, count, metrics). Untrained it is ln(vocab_size) a token."""
-    return cross_entropy(model(inputs, segments), targets)
+    return model(inputs, segments, head=lambda h, output: linear_cross_entropy(h, output.weight, targets))
 
 
 @torch.no_grad()
@@ -158,7 +158,7 @@ def main(cfg):
     max_steps = sampler.steps(cfg.max_steps)
     if cfg.warmup_steps >= max_steps:
         print(f"note: these {max_steps} updates end inside the warmup of {cfg.warmup_steps}; lower --warmup_steps", flush=True)
-    getattr(raw, "backbone", raw).checkpointing = cfg.activation_checkpointing
+    raw.checkpointing = cfg.activation_checkpointing
     model = dist.wrap(raw, ctx, cfg.compile)
     optimizer = make_optimizer(raw, cfg.optimizer, cfg.learning_rate, cfg.weight_decay, muon_lr=cfg.muon_lr)
     scaler = torch.amp.GradScaler(ctx.device.type, enabled=dtype == torch.float16)
