@@ -84,11 +84,15 @@ def make_optimizer(model, kind="adamw", learning_rate=3e-4, weight_decay=0.1, be
     if kind not in ("adamw", "muon"):
         raise UserError(f"--optimizer {kind} is unknown; use adamw or muon")
     groups = [
-        {"params": [p for n, p in named if p.dim() >= 2 and not in_block(n, p)], "weight_decay": weight_decay},
-        {"params": [p for n, p in named if p.dim() < 2], "weight_decay": 0.0},
-        {"params": [p for n, p in named if in_block(n, p)], "weight_decay": weight_decay, "muon": True,
+        {"params": [(n, p) for n, p in named if p.dim() >= 2 and not in_block(n, p)], "weight_decay": weight_decay},
+        {"params": [(n, p) for n, p in named if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [(n, p) for n, p in named if in_block(n, p)], "weight_decay": weight_decay, "muon": True,
          "momentum": 0.95, "lr_scale": muon_lr / (learning_rate or 1)},
     ]
-    groups = [{"muon": False, "lr_scale": 1.0, **g} for g in groups if g["params"]]
+    sharded = lambda p: hasattr(p, "to_local")               # under --tp some are slices (DTensor), some whole: no fused step takes both
+    groups = [{"muon": False, "lr_scale": 1.0, **g, "params": part} for g in groups for cut in (False, True)
+              if (part := [(n, p) for n, p in g["params"] if sharded(p) == cut])]
+    if kind == "muon" and any(sharded(p) for _, p in named):
+        raise UserError("--optimizer muon turns whole matrices, and with --parallel fsdp or --tp every process holds slices; use adamw, or --parallel ddp")
     cls = Muon if kind == "muon" else torch.optim.AdamW
     return cls(groups, lr=learning_rate, betas=betas, fused=True)

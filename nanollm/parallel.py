@@ -10,6 +10,7 @@ A parameter becomes a DTensor: this process's slice, which knows the shape of th
 dist.wrap comes here under these two flags only. This file knows torch and the names of the model's modules.
 """
 import logging
+import warnings
 
 import torch
 import torch.distributed as torch_dist
@@ -21,6 +22,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from nanollm.config import UserError
 
 logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)        # its advice on how to gather a grid's slices faster
+warnings.filterwarnings("ignore", message=".*returned a view tensor|torch.distributed is disabled")   # neither is a danger here
 
 # A Linear's weight is (out, in). The first matrices of a sub-layer are cut along out: each process computes whole heads (or
 # hidden units) of its own. The last is cut along in: each process has a summand of the output, and an all-reduce adds them.
@@ -95,7 +97,7 @@ def clip_grad_norm_(parameters, max_norm):
     grads = [p.grad for p in parameters if p.grad is not None]
     squares = {}                                                             # who must be asked -> sum of squares of our part
     for g in grads:
-        groups = tuple(g.device_mesh.get_group(i) for i, place in enumerate(g.placements) if place.is_shard()) if isinstance(g, DTensor) else ()
+        groups = tuple(g.device_mesh.get_group(i) for i, place in enumerate(g.placements) if not place.is_replicate()) if isinstance(g, DTensor) else ()
         squares[groups] = squares.get(groups, 0) + local(g).float().square().sum()
     for groups, square in squares.items():
         for group in groups:
