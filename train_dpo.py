@@ -207,8 +207,8 @@ def main(cfg):
             log(at.step, {**means, "lr": lr, "grad_norm": float(grad_norm), "tokens": at.tokens, "tokens_per_s": log.tokens_per_s(at.tokens)})
         # [/shared]
     if cfg.merge_on_save and cfg.peft and ctx.main:
-        peft.merge_lora(raw)
-        print("merged:", checkpoint.save(f"{cfg.out_dir}/merged", at.step, raw, tokenizer, STAGE, cfg))
+        merged, _, _ = checkpoint.load(cfg.out_dir)          # what has just been saved, whole and merged
+        print("merged:", checkpoint.save(f"{cfg.out_dir}/merged", at.step, merged, tokenizer, STAGE, cfg))
     dist.finish(ctx)
 
 

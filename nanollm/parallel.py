@@ -46,7 +46,9 @@ class Sharded(torch.nn.Module):
             half = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False) if dtype != torch.float32 else MixedPrecisionPolicy()
             for block in blocks(raw):
                 fully_shard(block, mesh=ctx.mesh["dp"], mp_policy=half)
-            fully_shard(raw, mesh=ctx.mesh["dp"])                            # what no block holds: embedding, last norm, head
+            # what no block holds: embedding, last norm, head. Cut up again after each forward pass, too, so that whoever looks at
+            # the parameters between two updates finds slices (torch would leave the root's whole after an evaluation)
+            fully_shard(raw, mesh=ctx.mesh["dp"], reshard_after_forward=True)
         self.module = compiled(raw)
 
     @property

@@ -8,13 +8,13 @@ import os
 import pytest
 import torch
 import torch.distributed as torch_dist
-from torch.distributed.tensor import DTensor
 
-from conftest import largest_difference, run_ranks, tiny_lm
+from conftest import largest_difference, metrics, run_ranks, tiny_lm, weights, write_world
 from nanollm import dist, parallel, peft
 from nanollm.config import UserError
-from nanollm.model import ModelArgs, RewardModel
-from nanollm.optim import make_optimizer
+from nanollm.model import RewardModel
+from nanollm.optim import make_optimizer, update
+from test_scripts import start, train_lines
 
 STEPS, HALF, G = 4, 2, 4
 MODELS = ("tied", "untied", "reward", "lora", "checkpointing")
@@ -47,11 +47,6 @@ def loss_of(model, batch):
     return (out.square() if out.dim() == 2 else out.logsumexp(-1).square()).sum() / 100, batch.numel()
 
 
-def clip(model):
-    grads = parallel.clip_grad_norm_ if any(isinstance(p, DTensor) for p in model.parameters()) else torch.nn.utils.clip_grad_norm_
-    return grads(model.parameters(), 1.0)
-
-
 def train(ctx, kind, first=0, last=STEPS, save=None, load=None, seed=7):
     """Updates first … last - 1, the same rows whatever the number of ranks -> {losses, norms, state}."""
     raw = model_of(kind, seed)
@@ -71,9 +66,9 @@ def train(ctx, kind, first=0, last=STEPS, save=None, load=None, seed=7):
             (loss_sum / count * ctx.world_size).backward()
             loss = loss + loss_sum.detach()
         model.wait()
-        norms.append(float(clip(raw)))
-        losses.append(float(ctx.sum(loss) / count))
-        optimizer.step()
+        loss = ctx.sum(loss)
+        norms.append(float(update(raw, optimizer, torch.amp.GradScaler("cpu", enabled=False), 1.0, loss)))
+        losses.append(float(loss / count))
         model.zero_grad()
     dist.check_replicas(raw, ctx)
     state = parallel.full_state(raw)
@@ -158,3 +153,57 @@ def test_a_checkpoint_of_any_layout_is_resumed_by_any_other(seen, n, parallel_, 
     for name, run in halves.items():
         assert run["losses"] == pytest.approx(alone("tied")["losses"][HALF:], rel=1e-5), name
         assert largest_difference(run["state"], alone("tied")["state"]) < 1e-4, name
+
+
+# ---- the four scripts ----------------------------------------------------------------------------------------------
+
+RUNS = {"pretrain": ("fsdp", "tp"), "sft": ("fsdp", "tp"), "rm": ("fsdp", "tp"), "dpo": ("fsdp", "tp"), "sft-lora": ("fsdp",), "dpo-lora": ("fsdp",)}
+FLAGS = {"fsdp": {"parallel": "fsdp"}, "tp": {"tp": 2}, "alone": {}}
+EXTRA = {"sft-lora": {"merge_on_save": True, "lora_dropout": 0.0}, "pretrain": {"save_every": 2, "keep": 0, "activation_checkpointing": True}}
+
+
+def scripts_worker(out):
+    """Each script in each layout, one after the other in one group."""
+    torch_dist.init_process_group("gloo")
+    dist.finish = lambda ctx: None
+    if int(os.environ["RANK"]) == 0:
+        write_world(out / "world")
+    torch_dist.barrier()
+    for variant, layouts in RUNS.items():
+        for layout in layouts:
+            start(variant, out / "world", out / f"{variant}-{layout}", **EXTRA.get(variant, {}), **FLAGS[layout])
+    torch_dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A directory with the runs of two processes, and beside them those of this one."""
+    out = tmp_path_factory.mktemp("runs")
+    run_ranks("test_parallel.scripts_worker", out)
+    for variant in RUNS:
+        start(variant, out / "world", out / f"{variant}-alone", **EXTRA.get(variant, {}))
+    return out
+
+
+@pytest.mark.parametrize("variant, layout", [(variant, layout) for variant, layouts in RUNS.items() for layout in layouts])
+def test_every_script_runs_in_slices(runs, variant, layout):
+    """--parallel fsdp and --tp 2: the metrics of one process to 1e-5, validation with its uneven batches and the samples, too; the
+    checkpoint holds whole weights under plain names."""
+    got, want = metrics(runs / f"{variant}-{layout}"), metrics(runs / f"{variant}-alone")
+    assert len(got) == len(want) and len(train_lines(got)) == 3
+    for a, b in zip(got, want):
+        assert a.get("samples") == b.get("samples")
+        for key in b:
+            if key.startswith(("train/", "val/")) or key in ("grad_norm", "lr", "tokens"):
+                assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-6), (key, a["step"])
+    assert largest_difference(weights(runs / f"{variant}-{layout}"), weights(runs / f"{variant}-alone")) < 1e-4
+    if variant == "sft-lora":
+        assert largest_difference(weights(runs / f"{variant}-{layout}" / "merged"), weights(runs / f"{variant}-alone" / "merged")) < 1e-4
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "tp"])
+def test_plain_python_goes_on_from_a_run_in_slices(runs, layout):
+    """--resume of step 2 of two processes' run, in this one process without torchrun."""
+    start("pretrain", runs / "world", runs / f"on-{layout}", resume=str(runs / f"pretrain-{layout}" / "step_00000002"), **EXTRA["pretrain"])
+    assert largest_difference(weights(runs / f"on-{layout}"), weights(runs / "pretrain-alone")) < 1e-4
+    assert train_lines(metrics(runs / f"on-{layout}"))[-1]["train/loss"] == pytest.approx(train_lines(metrics(runs / "pretrain-alone"))[-1]["train/loss"], rel=1e-5)
