@@ -96,7 +96,7 @@ def validate(model, reference, val, ctx, autocast, cfg):
     """Loss, accuracy, margin and both log-probabilities on held-out pairs, batches spread over the ranks."""
     total, sums = torch.zeros(3, device=ctx.device), {}
     batches = [range(i, min(i + cfg.batch_size, len(val))) for i in range(0, len(val), cfg.batch_size)]
-    for batch in batches[ctx.rank :: ctx.world_size] or [[]]:               # a rank without a batch joins the sums with zeros
+    for batch in ctx.share(batches):
         inputs, targets = ctx.to(val.batch(batch))
         with autocast():
             loss, count, metrics = preference_loss(model, reference, inputs, targets, cfg.beta)
@@ -135,7 +135,7 @@ def main(cfg):
     if cfg.warmup_steps >= max_steps:
         print(f"note: these {max_steps} updates end inside the warmup of {cfg.warmup_steps}; lower --warmup_steps", flush=True)
     raw.checkpointing = cfg.activation_checkpointing
-    model = dist.wrap(raw, ctx, cfg.compile)
+    model = dist.wrap(raw, ctx, cfg.compile, dtype)
     optimizer = make_optimizer(raw, cfg.optimizer, cfg.learning_rate, cfg.weight_decay, muon_lr=cfg.muon_lr)
     scaler = torch.amp.GradScaler(ctx.device.type, enabled=dtype == torch.float16)
     saver = checkpoint.Saver(cfg, ctx, raw, optimizer, scaler, tokenizer, STAGE)
@@ -207,8 +207,8 @@ def main(cfg):
             log(at.step, {**means, "lr": lr, "grad_norm": float(grad_norm), "tokens": at.tokens, "tokens_per_s": log.tokens_per_s(at.tokens)})
         # [/shared]
     if cfg.merge_on_save and cfg.peft and ctx.main:
-        peft.merge_lora(raw)
-        print("merged:", checkpoint.save(f"{cfg.out_dir}/merged", at.step, raw, tokenizer, STAGE, cfg))
+        merged, _, _ = checkpoint.load(cfg.out_dir)          # what has just been saved, whole and merged
+        print("merged:", checkpoint.save(f"{cfg.out_dir}/merged", at.step, merged, tokenizer, STAGE, cfg))
     dist.finish(ctx)
 
 

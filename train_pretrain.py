@@ -105,7 +105,7 @@ def validate(model, val, ctx, autocast, cfg):
     order = permute(range(len(val)), len(val), key=0)        # the first --eval_batches must be a fair sample of the split
     batches = [order[i : i + cfg.batch_size] for i in range(0, len(val), cfg.batch_size)]
     model.eval()
-    for batch in batches[: cfg.eval_batches or None][ctx.rank :: ctx.world_size]:
+    for batch in ctx.share(batches[: cfg.eval_batches or None]):
         inputs, targets, segments = ctx.to(val.batch(batch))
         with autocast():
             loss, count, _ = pretrain_loss(model, inputs, targets, segments)
@@ -159,7 +159,7 @@ def main(cfg):
     if cfg.warmup_steps >= max_steps:
         print(f"note: these {max_steps} updates end inside the warmup of {cfg.warmup_steps}; lower --warmup_steps", flush=True)
     raw.checkpointing = cfg.activation_checkpointing
-    model = dist.wrap(raw, ctx, cfg.compile)
+    model = dist.wrap(raw, ctx, cfg.compile, dtype)
     optimizer = make_optimizer(raw, cfg.optimizer, cfg.learning_rate, cfg.weight_decay, muon_lr=cfg.muon_lr)
     scaler = torch.amp.GradScaler(ctx.device.type, enabled=dtype == torch.float16)
     saver = checkpoint.Saver(cfg, ctx, raw, optimizer, scaler, tokenizer, STAGE)

@@ -76,7 +76,7 @@ def validate(model, val, ctx, autocast, cfg):
     """Loss, accuracy (strict: a tie is a miss), mean scores, and what always preferring the longer answer would score."""
     total, sums = torch.zeros(2, device=ctx.device), {}
     batches = [range(i, min(i + cfg.batch_size, len(val))) for i in range(0, len(val), cfg.batch_size)]
-    for batch in batches[ctx.rank :: ctx.world_size] or [[]]:               # a rank without a batch joins the sums with zeros
+    for batch in ctx.share(batches):
         ids, lengths = ctx.to(val.scored_batch(batch))
         with autocast():
             loss, count, metrics = pair_loss(model, ids, lengths, cfg.center)
@@ -110,7 +110,7 @@ def main(cfg):
     if cfg.warmup_steps >= max_steps:
         print(f"note: these {max_steps} updates end inside the warmup of {cfg.warmup_steps}; lower --warmup_steps", flush=True)
     raw.checkpointing = cfg.activation_checkpointing
-    model = dist.wrap(raw, ctx, cfg.compile)
+    model = dist.wrap(raw, ctx, cfg.compile, dtype)
     optimizer = make_optimizer(raw, cfg.optimizer, cfg.learning_rate, cfg.weight_decay, muon_lr=cfg.muon_lr)
     scaler = torch.amp.GradScaler(ctx.device.type, enabled=dtype == torch.float16)
     saver = checkpoint.Saver(cfg, ctx, raw, optimizer, scaler, tokenizer, STAGE)

@@ -86,7 +86,7 @@ def validate(model, val, ctx, autocast, cfg):
     total = torch.zeros(2, device=ctx.device)
     batches = [range(i, min(i + cfg.batch_size, len(val))) for i in range(0, len(val), cfg.batch_size)]
     model.eval()
-    for batch in batches[ctx.rank :: ctx.world_size]:
+    for batch in ctx.share(batches):
         inputs, targets, segments = ctx.to(val.batch(batch))
         with autocast():
             loss, count, _ = sft_loss(model, inputs, targets, segments)
@@ -122,7 +122,7 @@ def main(cfg):
     if cfg.warmup_steps >= max_steps:
         print(f"note: these {max_steps} updates end inside the warmup of {cfg.warmup_steps}; lower --warmup_steps", flush=True)
     raw.checkpointing = cfg.activation_checkpointing
-    model = dist.wrap(raw, ctx, cfg.compile)
+    model = dist.wrap(raw, ctx, cfg.compile, dtype)
     optimizer = make_optimizer(raw, cfg.optimizer, cfg.learning_rate, cfg.weight_decay, muon_lr=cfg.muon_lr)
     scaler = torch.amp.GradScaler(ctx.device.type, enabled=dtype == torch.float16)
     saver = checkpoint.Saver(cfg, ctx, raw, optimizer, scaler, tokenizer, STAGE)
@@ -192,8 +192,8 @@ def main(cfg):
             log(at.step, {**means, "lr": lr, "grad_norm": float(grad_norm), "tokens": at.tokens, "tokens_per_s": log.tokens_per_s(at.tokens)})
         # [/shared]
     if cfg.merge_on_save and cfg.peft and ctx.main:
-        peft.merge_lora(raw)
-        print("merged:", checkpoint.save(f"{cfg.out_dir}/merged", at.step, raw, tokenizer, STAGE, cfg))
+        merged, _, _ = checkpoint.load(cfg.out_dir)          # what has just been saved, whole and merged
+        print("merged:", checkpoint.save(f"{cfg.out_dir}/merged", at.step, merged, tokenizer, STAGE, cfg))
     dist.finish(ctx)
 
 

@@ -238,7 +238,7 @@ class Saver:
         rng = {"cpu": torch.get_rng_state()}
         if ctx.device.type in ("cuda", "mps"):
             rng[ctx.device.type] = torch.cuda.get_rng_state(ctx.device) if ctx.device.type == "cuda" else torch.mps.get_rng_state()
-        training = {"scaler": self.scaler.state_dict(), "rng": ctx.gather(rng)}
+        training = {"scaler": self.scaler.state_dict(), "rng": ctx.gather(rng)[:: ctx.tp]}
         if sharded:
             from nanollm import parallel
             aside = ctx.gather(str(aside_of(self.out_dir, at.step)) if ctx.main else "")[0]

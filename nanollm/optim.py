@@ -91,12 +91,16 @@ def make_optimizer(model, kind="adamw", learning_rate=3e-4, weight_decay=0.1, be
     if kind not in ("adamw", "muon"):
         raise UserError(f"--optimizer {kind} is unknown; use adamw or muon")
     groups = [
-        {"params": [p for n, p in named if p.dim() >= 2 and not in_block(n, p)], "weight_decay": weight_decay},
-        {"params": [p for n, p in named if p.dim() < 2], "weight_decay": 0.0},
-        {"params": [p for n, p in named if in_block(n, p)], "weight_decay": weight_decay, "muon": True,
+        {"params": [(n, p) for n, p in named if p.dim() >= 2 and not in_block(n, p)], "weight_decay": weight_decay},
+        {"params": [(n, p) for n, p in named if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [(n, p) for n, p in named if in_block(n, p)], "weight_decay": weight_decay, "muon": True,
          "momentum": 0.95, "lr_scale": muon_lr / (learning_rate or 1)},
     ]
-    groups = [{"muon": False, "lr_scale": 1.0, **g} for g in groups if g["params"]]
+    sharded = lambda p: hasattr(p, "to_local")               # under --tp some are slices (DTensor), some whole: no fused step takes both
+    groups = [{"muon": False, "lr_scale": 1.0, **g, "params": part} for g in groups for cut in (False, True)
+              if (part := [(n, p) for n, p in g["params"] if sharded(p) == cut])]
+    if kind == "muon" and any(sharded(p) for _, p in named):
+        raise UserError("--optimizer muon turns whole matrices, and with --parallel fsdp or --tp every process holds slices; use adamw, or --parallel ddp")
     cls = Muon if kind == "muon" else torch.optim.AdamW
     return cls(groups, lr=learning_rate, betas=betas, fused=True)
 
@@ -116,8 +120,10 @@ def update(model, optimizer, scaler, grad_clip, loss):
     smallest = smallest.to_local() if hasattr(smallest, "to_local") else smallest      # a shard (--parallel fsdp, --tp)
     smallest.add_(loss * 0)                                                    # NaN if the loss is not finite: now one test sees both
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or float("inf"))
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    clip = torch.nn.utils.clip_grad_norm_
+    if any(hasattr(g, "to_local") for g in grads):
+        from nanollm.parallel import clip_grad_norm_ as clip                   # the norm of the whole gradient, not of this process's slices
+    norm = clip(model.parameters(), grad_clip or float("inf"))
     if not scaler.is_enabled():                                                # with fp16 the scaler has looked itself
         optimizer.found_inf = (~torch.isfinite(norm)).float()
     scaler.step(optimizer)
