@@ -20,6 +20,7 @@ from nanollm.losses import IGNORE_INDEX, dpo_loss, sequence_logps
 from nanollm.model import parameter_count
 from nanollm.optim import Guard, get_lr, make_optimizer, update
 from nanollm.sampler import Sampler
+from nanollm.variants import mark_prefix
 
 
 @dataclass
@@ -80,13 +81,14 @@ def preference_loss(model, reference, inputs, targets, beta, nll_weight=0.0):
     reference is a frozen copy, or None with LoRA: the policy with its adapters switched off is the reference.
     nll_weight * (sum of -log pi over the chosen answers) is added: DPO sees only the difference of the two sides, and
     may lower both (RPO, Pang et al. 2024, eq. 2)."""
-    logps, counts = sequence_logps(model(inputs), targets)                     # (2B,) sums over the answer's tokens
+    segments = mark_prefix(model, None, targets)                               # None unless the policy is a prefix-LM
+    logps, counts = sequence_logps(model(inputs, segments), targets)           # (2B,) sums over the answer's tokens
     with torch.no_grad():
         if reference is None:
             with peft.disable_adapter(model):
-                ref_logps, _ = sequence_logps(model(inputs), targets)
+                ref_logps, _ = sequence_logps(model(inputs, segments), targets)
         else:
-            ref_logps, _ = sequence_logps(reference(inputs), targets)
+            ref_logps, _ = sequence_logps(reference(inputs, segments), targets)
     loss, count, metrics = dpo_loss(logps, ref_logps, counts, beta)
     return loss - nll_weight * logps.chunk(2)[0].sum(), count, metrics
 

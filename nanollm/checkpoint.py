@@ -151,11 +151,12 @@ def read(path, name):
         raise UserError(f"cannot read {path / name}: {type(e).__name__}; the file is damaged, use another checkpoint") from None
 
 
-def load(path, device="cpu", expect=None):
+def load(path, device="cpu", expect=None, variants=()):
     """(model, tokenizer, meta) of the checkpoint or run directory at `path`; the model plain (a LoRA adapter is merged)
     and in eval mode.
 
-    expect: "lm" or "reward" refuses the other head in one sentence. Strict: every tensor must match by name and shape.
+    expect: "lm" or "reward" refuses the other head in one sentence. variants: more than it was trained with, such as have no
+    weights (docs/variants.md). Strict: every tensor must match by name and shape.
     """
     path = find(path)
     meta = meta_of(path)
@@ -167,6 +168,7 @@ def load(path, device="cpu", expect=None):
         raise UserError(f"{path}: its tokenizer is not the one it was trained with (hash {tokenizer.hash[:8]} instead "
                         f"of {meta['tokenizer_hash'][:8]}); restore the tokenizer directory")
     args = ModelArgs(**meta["model"])
+    args.variants += [word for word in variants if word not in args.variants]
     model = build(args, meta["head"])
     if meta.get("lora"):
         peft.inject_lora(model, **meta["lora"])
