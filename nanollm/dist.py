@@ -119,8 +119,6 @@ def choose_dtype(wanted, device):
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if wanted not in names:
         raise UserError(f"--dtype {wanted} is unknown; use auto, {', '.join(names)}")
-    if wanted == "float16" and device.type == "cpu":
-        raise UserError("--dtype float16 needs a GPU; on the CPU use float32 or bfloat16")
     return names[wanted]
 
 

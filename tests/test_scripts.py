@@ -442,7 +442,7 @@ REFUSALS = {
     "eval_every 0": ("sft", lambda t, w: {"eval_every": 0}, "at least 1"),
     "batch 0": ("sft", lambda t, w: {"batch_size": 0}, "at least 1"),
     "no such device": ("rm", lambda t, w: {"device": "gpu"}, "is no device"),
-    "fp16 on the CPU": ("pretrain", lambda t, w: {"dtype": "float16"}, "needs a GPU"),
+    "no such type": ("pretrain", lambda t, w: {"dtype": "fp8"}, "--dtype fp8 is unknown"),
     "no such base": ("sft", lambda t, w: {"init_from": str(t / "none")}, "holds no checkpoint"),
     "truncated checkpoint": ("sft", lambda t, w: {"init_from": copy_of(w / "base" / "step_00000007", t / "c", lambda d: truncate(d / "model.pt"))},
                              "damaged"),
