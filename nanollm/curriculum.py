@@ -8,7 +8,7 @@
     model                the perplexity of a trained model, what CLIMB goes on with
 
 Only the rank counts: epsilon = the share of the rows that are not harder (the empirical distribution function), in (0, 1].
-What a run does with the order is sampler.Curriculum.
+What a run does with the order is mixture.Curriculum.
 """
 import hashlib
 import json
@@ -20,6 +20,7 @@ import torch
 
 from nanollm.config import UserError
 from nanollm.losses import sequence_logps
+from nanollm.mixture import Curriculum, Mixture
 
 MEASURES = ("length", "unigram", "bigram", "trigram", "unigram_perplexity", "model")
 CHUNK = 2 ** 20                   # tokens looked at together
@@ -177,3 +178,19 @@ def reorder(model, data, ctx, autocast, cfg, step):
 
 def switch_path(cfg):
     return Path(cfg.out_dir) / "order-model.u32"
+
+
+def sample_order(cfg, train, sampler, max_steps, phases, step):
+    """Which row each sample of the run is: the sampler's own shuffle, or what --mix, --phases or --curriculum ask for."""
+    total = sampler.total or max_steps * sampler.rows_per_step
+    if phases:
+        order = Mixture([len(part) for part in train.parts], phases, total, cfg.seed)
+        print("\n".join(order.report(sampler.rows_per_step, bool(cfg.init_from))), flush=True)
+        return order
+    if not cfg.curriculum:
+        return sampler.order
+    if not (0 < cfg.competence_start <= 1 and 0 < cfg.competence_end <= 1 and cfg.competence in ("sqrt", "linear")):
+        raise UserError("--competence is sqrt or linear, and --competence_start and --competence_end lie in (0, 1]")
+    later = load_order(switch_path(cfg), train.parts[0]) if 0 < cfg.curriculum_switch < step else None
+    return Curriculum(order_of(train.parts[0], cfg.curriculum), cfg.seed, total, cfg.competence_start, cfg.competence_end,
+                      cfg.competence, cfg.curriculum_switch * sampler.rows_per_step, later)

@@ -21,12 +21,23 @@ class Context:
     world_size: int
     device: torch.device
     main: bool                                   # rank 0: the one that prints and writes
+    parallel: str = "ddp"
+    tp: int = 1
     interrupted: list = field(default_factory=list)
     handlers: dict = field(default_factory=dict)  # what Ctrl-C and SIGTERM did before
 
+    @property
+    def sharded(self):
+        """Does each rank hold only a part of the weights?"""
+        return self.parallel == "fsdp" or self.tp > 1
+
+    def to(self, batch):
+        """The tensors of a batch on this rank's device; from pinned memory the copy runs beside the arithmetic."""
+        return tuple(t if t is None else t.to(self.device, non_blocking=True) for t in batch)
+
     def sum(self, value):
         """The sum of a number or tensor over all ranks, on every rank."""
-        value = torch.as_tensor(value, device=self.device).detach().clone()
+        value = torch.as_tensor(value).detach().clone()
         if self.world_size > 1:
             torch_dist.all_reduce(value)
         return value
@@ -70,7 +81,7 @@ def choose_device(device="auto", local_rank=0):
     return device
 
 
-def init(device="auto"):
+def init(device="auto", parallel="ddp", tp=1):
     """Join the group that torchrun describes in RANK, LOCAL_RANK and WORLD_SIZE, or be a world of one; from here to
     finish(), Ctrl-C and SIGTERM ask the loop to save and stop instead of ending the process."""
     rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in
@@ -79,8 +90,8 @@ def init(device="auto"):
     if world_size > 1 and not torch_dist.is_initialized():
         if os.name == "nt":
             os.environ.setdefault("USE_LIBUV", "0")          # the Windows wheels are built without libuv
-        torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    ctx = Context(rank, local_rank, world_size, device, rank == 0)
+        torch_dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    ctx = Context(rank, local_rank, world_size, device, rank == 0, parallel, tp)
     if not ctx.main:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # rank 0 speaks for all; errors still reach the screen
 
@@ -206,3 +217,14 @@ class DDP(torch.nn.Module):
 
     def forward(self, *args, **kwargs):
         return self.module(*args, **kwargs)
+
+    def zero_grad(self, set_to_none=True):
+        self.module.zero_grad(set_to_none)
+
+
+def wrap(raw, ctx, compile=False):
+    return DDP(compiled(raw, compile), ctx).train()
+
+
+def check_replicas(model, ctx):
+    pass

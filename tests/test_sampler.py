@@ -7,8 +7,8 @@ from hypothesis import given, settings, strategies as st
 
 from nanollm.config import UserError
 from nanollm.dist import Context
-from nanollm.sampler import (BLOCK, GAMMA, Curriculum, Mixture, Sampler, competence, permute, quotas, read_phases, shuffled, sources_of, splitmix64,
-                             uniform)
+from nanollm.mixture import BLOCK, Curriculum, Mixture, competence, quotas, read_phases, sources_of
+from nanollm.sampler import GAMMA, Sampler, permute, shuffled, splitmix64, uniform
 
 
 def ctx(rank=0, world_size=1):

@@ -117,20 +117,24 @@ def test_two_processes_make_the_run_of_one(two, alone, variant):
     assert len(both) == len(records)
     for a, b in zip(both, records):
         assert a.keys() == b.keys()
-        for key in a.keys() - {"tokens_per_s", "samples"}:
+        for key in a.keys() - {"tokens_per_s", "samples", "time"}:
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), (key, a["step"])
     assert largest_difference(weights(two / variant), weights(out)) < 1e-5
     assert (two / "rank1.log").read_text(encoding="utf-8", errors="replace").count("step ") == 0
 
 
 def test_an_infinite_gradient_on_one_rank_is_skipped_by_all(two):
-    """The update is left out, said, logged as null, and the run goes on with equal, finite weights."""
+    """The update is left out, said with the rows that it read, logged as null, and the run goes on with equal, finite weights.
+    The schedule waits: the next update gets the rate that this one would have had."""
     a, b = (torch.load(two / f"inf{r}.pt", weights_only=True) for r in range(2))
     assert all(torch.equal(a[k], b[k]) and torch.isfinite(a[k]).all() for k in a)
     lines = train_lines(metrics(two / "inf"))
     assert [r["grad_norm"] is None for r in lines] == [False, True, False, False]
-    assert all(math.isfinite(r["train/loss"]) for r in lines[2:])
-    assert "not finite, update skipped" in (two / "rank0.log").read_text(encoding="utf-8", errors="replace")
+    assert all(math.isfinite(r["train/loss"]) for r in lines[2:]) and lines[1]["lr"] == lines[2]["lr"]
+    event, = [r for r in metrics(two / "inf") if "event" in r]
+    rows = [sorted(event["rows"])]
+    assert event["step"] == 1 and "left out (1 in a row)" in event["event"] and len(rows[0]) == len(set(rows[0])) > 0
+    assert "not finite: update left out" in (two / "rank0.log").read_text(encoding="utf-8", errors="replace")
 
 
 def test_first_pretraining_loss_is_the_logarithm_of_the_vocabulary(alone):
@@ -181,14 +185,14 @@ def test_dropout_stays_off_where_two_answers_are_compared(tmp_path, stage):
     checkpoint.save(world / "base", 9, tiny_lm(dropout=0.5), tiny_tokenizer(), "pretrain", None)
     runs = []
     for noise in (1, 2):
-        real = checkpoint.resume
+        real = checkpoint.Saver.resume
 
         def noisy(*args):
             result = real(*args)
             torch.manual_seed(noise)
             return result
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(checkpoint, "resume", noisy)
+            patch.setattr(checkpoint.Saver, "resume", noisy)
             runs.append([r["train/loss"] for r in train_lines(start(stage, world, tmp_path / str(noise), eval_every=1))])
     assert runs[0] == runs[1]
 
@@ -279,7 +283,7 @@ def killed(tmp_path_factory):
 def same_run(a, b):
     """Equal training and validation values at every step, and weights equal bit for bit."""
     def values(out):
-        return [(r["step"], {k: v for k, v in r.items() if k not in ("step", "tokens_per_s")}) for r in metrics(out)]
+        return [(r["step"], {k: v for k, v in r.items() if k not in ("step", "tokens_per_s", "time")}) for r in metrics(out)]
     assert values(a) == values(b)
     assert largest_difference(weights(a), weights(b)) == 0
 
@@ -435,7 +439,7 @@ REFUSALS = {
     "impossible attention": ("pretrain", lambda t, w: {"attention": "flash"}, "attention must be"),
     "vocabulary too small": ("pretrain", lambda t, w: {"vocab_size": 100}, "smaller than the tokenizer"),
     "unknown rows": ("pretrain", lambda t, w: {"rows": "lines"}, "--rows lines is unknown"),
-    "unknown schedule": ("pretrain", lambda t, w: {"schedule": "linear"}, "--schedule linear is unknown"),
+    "unknown schedule": ("pretrain", lambda t, w: {"schedule": "staircase"}, "--schedule staircase is unknown"),
     "unknown optimizer": ("rm", lambda t, w: {"optimizer": "sgd"}, "--optimizer sgd is unknown"),
     "negative rate": ("dpo", lambda t, w: {"learning_rate": -1}, "at least 0"),
     "rate that is no number": ("dpo", lambda t, w: {"learning_rate": "nan"}, "finite"),
