@@ -19,6 +19,61 @@ def cross_entropy(logits, targets):
     return loss, (targets != IGNORE_INDEX).sum(), {}
 
 
+class LinearCrossEntropy(torch.autograd.Function):
+    """Output projection and cross-entropy in one, chunk by chunk of tokens: hidden (N, C), weight (V, C), targets (N,) -> sum.
+
+    The logits (N, V) are the largest tensor of a small model, and the plain loss keeps them, their log-softmax and their
+    gradient. Here each chunk's logits live only until its share of the gradients is added up, in the forward pass already:
+    the result is one number, so what the backward pass brings is one factor. With p = softmax(logits) and y one-hot,
+    d loss / d logits = p - y, d / d hidden = (p - y) weight, d / d weight = (p - y)^T hidden.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, chunk, wanted):
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        exact = torch.promote_types(dtype, torch.float32)    # sums, and all that waits for the backward pass, at least in fp32
+        scale = 32.0 if dtype == torch.float16 else 1.0      # fp16 ends at 6e-8: lift small p - y; the sums stay far below 65,504
+        w = weight.to(dtype)
+        loss = torch.zeros((), dtype=exact, device=hidden.device)
+        d_hidden = torch.empty_like(hidden, dtype=exact) if wanted[0] else None
+        d_weight = torch.zeros_like(weight, dtype=exact) if wanted[1] else None
+        for i in range(0, len(targets), chunk):
+            h, t = hidden[i : i + chunk].to(dtype), targets[i : i + chunk]
+            logp = torch.log_softmax((h @ w.T).to(exact), -1)                              # (chunk, V), the one large tensor
+            loss += F.nll_loss(logp, t, ignore_index=IGNORE_INDEX, reduction="sum")
+            if not any(wanted):
+                continue
+            counts = (t != IGNORE_INDEX).unsqueeze(-1)                                     # (chunk, 1)
+            d = logp.exp_().scatter_add_(1, t.clamp(min=0).unsqueeze(-1), -torch.ones_like(logp[:, :1])).mul_(scale).to(dtype)
+            if wanted[0]:
+                d_hidden[i : i + chunk] = (d @ w).to(exact) * counts / scale
+            if wanted[1]:
+                d_weight += (d.T @ (h * counts)).to(exact) / scale
+        ctx.kept = d_hidden, d_weight, hidden.dtype, weight.dtype
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, factor):
+        d_hidden, d_weight, *dtypes = ctx.kept               # scaled in place, so this runs once
+        ctx.kept = None
+        d_hidden, d_weight = (d if d is None else d.mul_(factor).to(dtype) for d, dtype in zip((d_hidden, d_weight), dtypes))
+        return d_hidden, d_weight, None, None, None
+
+
+def linear_cross_entropy(hidden, weight, targets, chunk=256):
+    """cross_entropy(hidden @ weight.T, targets) and its gradients, without ever holding more than `chunk` rows of logits.
+
+    hidden (B, T, C), weight (V, C), targets (B, T) -> (sum of -log p in nats, number of targets, {}). Under autocast the
+    products run in its type. Without gradients (torch.no_grad, a frozen weight) their work is left out. The backward pass
+    may run once.
+    """
+    wanted = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
+    loss = LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), chunk, wanted)
+    return loss, (targets != IGNORE_INDEX).sum(), {}
+
+
 def sequence_logps(logits, targets):
     """Sum of log p(target) over each row's supervised positions. logits (B, T, V), targets (B, T) ->
     (logps (B,), counts (B,)). A sum, not a mean: the mean is a different objective (length-normalised DPO)."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -195,6 +196,7 @@ class Transformer(nn.Module):
         cos, sin = rope_table(args.dim // args.n_heads, args.max_seq_len, args.rope_theta)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
+        self.checkpointing = False           # True: keep only the blocks' inputs, compute the rest again in the backward pass
         self.init_weights()
 
     def init_weights(self):
@@ -236,11 +238,17 @@ class Transformer(nn.Module):
         cos, sin = self.rope_cos[start : start + T], self.rope_sin[start : start + T]
         x = self.dropout(self.tok_embeddings(tokens))                                     # (B, T, C)
         for layer in self.layers:
-            x = layer(x, cos, sin, mask, cache)
+            if self.checkpointing and torch.is_grad_enabled() and cache is None:          # Chen et al. 2016, arXiv:1604.06174
+                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)             # dropout draws the same masks again
+            else:
+                x = layer(x, cos, sin, mask, cache)
         return self.norm(x)
 
-    def forward(self, tokens, segments=None, cache=None):
-        return self.output(self.hidden(tokens, segments, cache))
+    def forward(self, tokens, segments=None, cache=None, head=None):
+        """Logits (B, T, V), or with a head whatever head(hidden (B, T, C), self.output) returns: a loss that never holds all
+        logits is computed in here, inside the one call that DDP, FSDP and torch.compile see."""
+        h = self.hidden(tokens, segments, cache)                                          # (B, T, C)
+        return self.output(h) if head is None else head(h, self.output)
 
 
 class RewardModel(nn.Module):
@@ -254,6 +262,14 @@ class RewardModel(nn.Module):
         self.backbone.output = None          # no vocabulary here: the embedding stays, the output matrix goes
         self.v_head = nn.Linear(args.dim, 1, bias=False)
         nn.init.normal_(self.v_head.weight, std=1 / math.sqrt(args.dim + 1))
+
+    @property
+    def checkpointing(self):
+        return self.backbone.checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, on):
+        self.backbone.checkpointing = on
 
     def forward(self, tokens, segments=None):
         h = self.backbone.hidden(tokens, segments)                                        # (B, T, C)

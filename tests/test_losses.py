@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanollm.losses import IGNORE_INDEX, cross_entropy, dpo_loss, reward_loss, sequence_logps
+from nanollm.losses import IGNORE_INDEX, cross_entropy, dpo_loss, linear_cross_entropy, reward_loss, sequence_logps
 
 
 def random(*shape, seed=0):
@@ -42,6 +42,107 @@ def test_half_precision_logits_are_summed_in_fp32():
     """2,000 tokens of ln 2: in fp16 the sum would stick, in bf16 it would be off by per cents."""
     loss, _, _ = cross_entropy(torch.zeros(1, 2000, 2, dtype=torch.bfloat16), torch.zeros(1, 2000, dtype=torch.long))
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(2000 * math.log(2), rel=1e-5)
+
+
+def projection(seed=0, ignored=True):
+    """hidden (3, 7, 16), weight (50, 16), targets (3, 7) of which one row and some more are ignored."""
+    targets = torch.randint(0, 50, (3, 7), generator=torch.Generator().manual_seed(seed))
+    if ignored:
+        targets[1], targets[2, :3] = IGNORE_INDEX, IGNORE_INDEX
+    return random(3, 7, 16, seed=seed).requires_grad_(), random(50, 16, seed=seed + 1).requires_grad_(), targets
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 21, 100])
+@pytest.mark.parametrize("ignored", [True, False])
+def test_the_chunked_loss_and_its_gradients_equal_the_plain_ones(chunk, ignored):
+    """In fp32 to 1e-6, whatever the chunk, with a factor behind the sum as the mean or a GradScaler puts it."""
+    hidden, weight, targets = projection(ignored=ignored)
+    plain, count, _ = cross_entropy(F.linear(hidden, weight), targets)
+    want = torch.autograd.grad(plain * 0.37, (hidden, weight))
+    loss, n, metrics = linear_cross_entropy(hidden, weight, targets, chunk)
+    got = torch.autograd.grad(loss * 0.37, (hidden, weight))
+    assert n == count and metrics == {} and loss.item() == pytest.approx(plain.item(), rel=1e-6)
+    for a, b in zip(got, want):
+        assert (a - b).abs().max() <= 1e-6 * max(1, b.abs().max()) and b.abs().max() > 0.1
+
+
+def test_the_chunked_loss_in_float64_is_exact():
+    """To rounding, so what remains in fp32 is rounding too and no approximation."""
+    hidden, weight, targets = projection()
+    hidden, weight = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    want = torch.autograd.grad(F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten(), reduction="sum"), (hidden, weight))
+    for a, b in zip(torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, 4)[0], (hidden, weight)), want):
+        torch.testing.assert_close(a, b, atol=1e-13, rtol=0)
+
+
+class LargestTensor(torch.overrides.TorchFunctionMode):
+    """The most elements that any torch call inside returned, views of the weight aside."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight, self.most = weight, 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        new = isinstance(out, torch.Tensor) and out.data_ptr() != self.weight.data_ptr()
+        self.most = max(self.most, out.numel() if new else 0)
+        return out
+
+
+def test_the_chunked_loss_never_holds_all_logits():
+    """Neither kept for the backward pass nor for a moment: nothing as large as tokens x vocabulary exists."""
+    hidden, weight, targets = projection()
+    with LargestTensor(weight) as seen:
+        linear_cross_entropy(hidden, weight, targets, 2)
+    assert seen.most == 50 * 16                              # the weight's own gradient is the largest; 21 x 50 logits would be 1,050
+    with LargestTensor(weight) as seen:
+        cross_entropy(F.linear(hidden, weight), targets)
+    assert seen.most == 21 * 50
+
+
+def test_the_chunked_loss_without_targets_is_a_connected_zero():
+    hidden, weight, targets = projection()
+    loss, count, _ = linear_cross_entropy(hidden, weight, torch.full_like(targets, IGNORE_INDEX), 4)
+    loss.backward()
+    assert loss == 0 and count == 0 and hidden.grad.abs().sum() == 0 and weight.grad.abs().sum() == 0
+
+
+def test_the_chunked_loss_does_no_work_for_gradients_nobody_wants():
+    """A frozen matrix (LoRA) gets none and costs none; under no_grad there is none at all."""
+    hidden, weight, targets = projection()
+    with LargestTensor(weight) as seen:
+        loss, _, _ = linear_cross_entropy(hidden, weight.detach(), targets, 2)
+    loss.backward()
+    assert seen.most < 50 * 16 and hidden.grad is not None and weight.grad is None
+    with torch.no_grad(), LargestTensor(weight) as seen:
+        alone, _, _ = linear_cross_entropy(hidden, weight, targets, 2)
+    assert seen.most == 21 * 16 and alone == loss and not alone.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_chunked_loss_under_autocast_is_as_near_to_the_truth_as_the_plain_one(dtype):
+    """Products in half precision, sums in fp32; gradients arrive in fp32 for fp32 masters."""
+    hidden, weight, targets = projection()
+    truth = torch.autograd.grad(cross_entropy(F.linear(hidden, weight), targets)[0], (hidden, weight))
+    errors = []
+    for loss_of in (lambda: linear_cross_entropy(hidden, weight, targets, 4)[0], lambda: cross_entropy(F.linear(hidden, weight), targets)[0]):
+        with torch.autocast("cpu", dtype=dtype):
+            loss = loss_of()
+        got = torch.autograd.grad(loss, (hidden, weight))
+        assert loss.dtype == got[0].dtype == got[1].dtype == torch.float32
+        errors.append([(a - b).abs().max().item() for a, b in zip(got, truth)])
+    assert all(0 < ours < 2 * plain for ours, plain in zip(*errors))
+
+
+def test_small_gradients_survive_fp16_in_the_chunked_loss():
+    """One sure prediction among 50: p of the others is 1e-8, below what fp16 can hold. They arrive, as with GradScaler's factor."""
+    hidden, weight = torch.zeros(1, 1, 50), torch.eye(50).requires_grad_()
+    hidden[0, 0, 0] = -math.log(1e-8)
+    hidden.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss, _, _ = linear_cross_entropy(hidden, weight, torch.tensor([[0]]))
+    (loss * 65536).backward()
+    assert hidden.grad[0, 0, 1].item() / 65536 == pytest.approx(1e-8, rel=0.2)
 
 
 def test_sequence_logps_by_hand():

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from nanollm.hf import to_hf_state
+from nanollm.losses import cross_entropy, linear_cross_entropy
 from nanollm.model import (KVCache, ModelArgs, RewardModel, RMSNorm, Transformer, apply_rope, flops_per_token,
                            naive_attention, parameter_count, rope_table)
 
@@ -342,6 +343,56 @@ def test_dropout_acts_only_in_training(attention):
         model.eval()
         where.training = True                          # Attention itself decides about the dropout of its weights
         assert not torch.equal(model(ids), model(ids)), where
+
+
+# ---- heads and activation checkpointing ------------------------------------------------------------------------
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_computes_the_loss_inside_forward(tied):
+    """The chunked loss as head: the plain loss, and the same gradient for every weight, the tied matrix included."""
+    ids = tokens(T=13)
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    results = []
+    for chunked in (True, False):
+        model = build(tie_embeddings=tied)
+        if chunked:
+            loss, _, _ = model(inputs, head=lambda h, output: linear_cross_entropy(h, output.weight, targets, 5))
+        else:
+            loss, _, _ = cross_entropy(model(inputs), targets)
+        loss.backward()
+        results.append((loss, {n: p.grad for n, p in model.named_parameters()}))
+    (a, grad_a), (b, grad_b) = results
+    assert a.item() == pytest.approx(b.item(), rel=1e-6)
+    for name in grad_b:
+        assert (grad_a[name] - grad_b[name]).abs().max() <= 2e-6 * grad_b[name].abs().max(), name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_activation_checkpointing_changes_no_gradient(dropout):
+    """Bit for bit, dropout included: the second forward pass draws the masks of the first. And it keeps less."""
+    ids, results = tokens(), []
+    for on in (False, True):
+        model, kept = build(dropout=dropout).train(), []
+        model.checkpointing = on
+        torch.manual_seed(3)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            loss = F.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
+        torch.rand(1)                                        # the random state has moved on when the backward pass begins
+        loss.backward()
+        results.append(({n: p.grad for n, p in model.named_parameters()}, sum(kept)))
+    (plain, all_kept), (again, few_kept) = results
+    assert all(torch.equal(plain[n], again[n]) for n in plain) and few_kept < all_kept / 3
+
+
+def test_activation_checkpointing_leaves_generation_alone():
+    """With a cache nothing is computed twice: it would be extended twice."""
+    model, ids, cache = build(), tokens(), KVCache()
+    want = model(ids)
+    model.checkpointing = True
+    assert torch.equal(torch.cat([model(c, cache=cache) for c in ids.split(12, dim=1)], 1), want) and cache.length == 12
+    reward = RewardModel(ModelArgs(**SMALL))
+    reward.checkpointing = True
+    assert reward.backbone.checkpointing
 
 
 # ---- reward model ----------------------------------------------------------------------------------------------
