@@ -32,9 +32,9 @@ sys.path.insert(0, str(ROOT))
 
 from nanollm import dist
 from nanollm.config import UserError, arg, run
-from nanollm.losses import cross_entropy
+from nanollm.losses import cross_entropy, linear_cross_entropy
 from nanollm.model import ModelArgs, Transformer, flops_per_token, parameter_count
-from nanollm.optim import make_optimizer
+from nanollm.optim import make_optimizer, update
 
 # name: (vocabulary, rows a step, where the shape stands or the shape). Equal blocks, ours against GPT-2's: the last two.
 GPT2 = dict(dim=768, n_layers=12, n_heads=12, max_seq_len=1024)
@@ -61,6 +61,7 @@ class Config:
     batch_size: int = arg(0, "rows a step; 0 = what suits 80 GB or more", unit="rows")
     steps: int = arg(40, "timed steps", least=2)
     warmup: int = arg(10, "steps before, in which kernels are chosen and compiled", least=1)
+    chunk: int = arg(0, "0 = the plain loss; else the chunked one, which never holds all logits: so many tokens at a time", unit="tokens")
     grad_clip: float = arg(1.0, "largest L2 norm of the gradient")
     out: str = arg("out/bench/gpu.json", "where the figures go")
 
@@ -120,16 +121,15 @@ def sent(batch, device):
     return [t.pin_memory().to(device, non_blocking=True) for t in batch] if device.type == "cuda" else [t.to(device) for t in batch]
 
 
-def train_step(model, raw, optimizer, scaler, autocast, grad_clip, inputs, targets):
+def train_step(model, raw, optimizer, scaler, autocast, cfg, inputs, targets):
     """One update as the training loops make it; the loss stays on the device: reading it would be a wait."""
+    chunked = lambda h, output: linear_cross_entropy(h, output.weight, targets, cfg.chunk)
     with autocast():
-        loss, count, _ = cross_entropy(model(inputs), targets)
+        loss, count, _ = model(inputs, head=chunked) if cfg.chunk else cross_entropy(model(inputs), targets)
     scaler.scale(loss / count).backward()
-    scaler.unscale_(optimizer)
-    torch.nn.utils.clip_grad_norm_(raw.parameters(), grad_clip)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    model.wait()
+    update(raw, optimizer, scaler, cfg.grad_clip, loss.detach())
+    model.zero_grad()
     return (loss / count).detach()
 
 
@@ -144,16 +144,16 @@ def measure(name, mode, ctx, dtype, cfg):
         torch.cuda.reset_peak_memory_stats(device)
     torch.manual_seed(0)
     raw = Transformer(args).to(device).train()
+    model = dist.wrap(raw, ctx, mode == "compile")
     optimizer = make_optimizer(raw)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     kernel = attention_kernel(raw, torch.zeros(1, T, dtype=torch.long, device=device), autocast)
-    model = dist.compiled(raw, mode == "compile")
 
     def fetch():
         tokens = torch.randint(vocab_size, (rows, T + 1))    # what the tokens are costs nothing
         return sent((tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()), device)
 
-    step = functools.partial(train_step, model, raw, optimizer, scaler, autocast, cfg.grad_clip)
+    step = functools.partial(train_step, model, raw, optimizer, scaler, autocast, cfg)
     losses, batch = [], fetch()
     for _ in range(cfg.warmup):
         losses.append(step(*batch))
@@ -172,7 +172,7 @@ def measure(name, mode, ctx, dtype, cfg):
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     assert torch.stack(losses).isfinite().all()
     per_s = rows * T / statistics.median(seconds)
-    return {"shape": name, "mode": mode, "parameters": parameter_count(raw)["total"], "rows": rows, "T": T, "vocab_size": vocab_size,
+    return {"shape": name, "mode": mode, "parameters": parameter_count(raw)["total"], "chunk": cfg.chunk, "rows": rows, "T": T, "vocab_size": vocab_size,
             "ms_a_step": 1e3 * statistics.median(seconds), "tokens_per_s": per_s, "flops_per_s": per_s * flops_per_token(raw, T),
             "attention": kernel, "peak_bytes": peak}
 

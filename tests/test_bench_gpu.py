@@ -52,16 +52,18 @@ def test_mfu_is_model_flops_over_the_peak():
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_an_update_reads_no_number_back(kind, dtype):
+@pytest.mark.parametrize("chunk", [0, 50])
+def test_an_update_reads_no_number_back(kind, dtype, chunk):
     """Forward, backward, unscale, clip, step, update on fake tensors, which have no numbers: an .item(), a float(), an `if` on a
     tensor would raise. So on a GPU the CPU never waits; and the last line shows that a read would have been found."""
     cpu = torch.device("cpu")
     with FakeTensorMode():
         raw = gpu.Transformer(gpu.shape_args(gpu.TINY["toy"][2], 512)).train()
+        model = dist.DDP(raw, dist.Context(0, 0, 1, cpu, True))
         scaler, optimizer = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16), make_optimizer(raw, kind)
         for _ in range(2):                                   # the first update makes the optimizer's state
             tokens = torch.zeros(2, 64, dtype=torch.long)
-            loss = gpu.train_step(raw, raw, optimizer, scaler, lambda: dist.autocast(cpu, dtype), 1.0, tokens, tokens)
+            loss = gpu.train_step(model, raw, optimizer, scaler, lambda: dist.autocast(cpu, dtype), gpu.Config(chunk=chunk), tokens, tokens)
         with pytest.raises(DataDependentOutputException):
             float(loss)
 
