@@ -1,6 +1,4 @@
 """What the notes say about precision, run: the formats, what autocast does, what loss scaling and fp32 master weights are for."""
-import contextlib
-import copy
 import math
 
 import pytest
@@ -8,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from conftest import tiny_lm
-from nanollm import dist
+import train_pretrain
+from conftest import metrics, options, tiny_lm, weights
+from nanollm import checkpoint, dist
 from nanollm.config import UserError
 from nanollm.losses import cross_entropy
 from nanollm.model import ModelArgs, Transformer
@@ -295,3 +294,49 @@ def test_autocast_saves_activations_and_pays_with_copies_of_the_weights():
     (fp32, none), (bf16, copies) = (saved_bytes(model, ROWS, LENGTH, d) for d in (torch.float32, torch.bfloat16))
     assert none == 0 and copies == 2 * sum(p.numel() for p in model.parameters() if p.dim() > 1)
     assert 0.6 < bf16 / fp32 < 0.8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checkpointing_keeps_less_than_half(dtype):
+    """Only the inputs of the blocks, the logits and the 16-bit copies of the output matrix stay; the rest is computed again. (How much
+    is left depends on the vocabulary: --activation_checkpointing does nothing about the logits.)"""
+    model = activation_model()
+    plain = sum(saved_bytes(model, ROWS, LENGTH, dtype))
+    model.checkpointing = True
+    assert sum(saved_bytes(model, ROWS, LENGTH, dtype)) < 0.5 * plain
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# In a run
+
+
+def pretrain(world, out, **changes):
+    train_pretrain.main(train_pretrain.Config(**options("pretrain", world, out, **changes)))
+    return [r for r in metrics(out) if "train/loss" in r]
+
+
+def test_fp16_with_loss_scaling_trains_on_the_cpu_like_fp32(world, tmp_path):
+    """The scale stands in the checkpoint, the weights in it are fp32."""
+    fp16, fp32 = (pretrain(world, tmp_path / d, dtype=d, max_steps=4) for d in ("float16", "float32"))
+    for a, b in zip(fp16, fp32):
+        assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-3) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=2e-2)
+    scaler = torch.load(checkpoint.find(tmp_path / "float16") / "training.pt", weights_only=True)["scaler"]
+    assert scaler["scale"] == 65536 and scaler["_growth_tracker"] == 4
+    assert {v.dtype for v in weights(tmp_path / "float16").values()} == {torch.float32}
+
+
+def test_an_overflow_skips_the_update_halves_the_scale_and_keeps_the_rate(world, tmp_path, monkeypatch):
+    """One infinite loss in the second update: its line says null, the third update gets the second one's rate, 65,536 becomes
+    32,768, and the checkpoint knows that one was skipped."""
+    real, calls = train_pretrain.pretrain_loss, [0]
+
+    def broken(model, *batch):
+        loss, count, m = real(model, *batch)
+        calls[0] += model.training                           # two micro-batches an update
+        return loss * (math.inf if calls[0] == 3 else 1), count, m
+    monkeypatch.setattr(train_pretrain, "pretrain_loss", broken)
+    lines = pretrain(world, tmp_path, dtype="float16", max_steps=5, warmup_steps=4)
+    assert [r["grad_norm"] is None for r in lines] == [False, True, False, False, False]
+    assert lines[0]["lr"] < lines[1]["lr"] == lines[2]["lr"] < lines[3]["lr"]
+    path = checkpoint.find(tmp_path)
+    assert torch.load(path / "training.pt", weights_only=True)["scaler"]["scale"] == 32768 and checkpoint.meta_of(path)["progress"]["skipped"] == 1
