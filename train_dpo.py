@@ -134,7 +134,7 @@ def main(cfg):
     max_steps = sampler.steps(cfg.max_steps)
     if cfg.warmup_steps >= max_steps:
         print(f"note: these {max_steps} updates end inside the warmup of {cfg.warmup_steps}; lower --warmup_steps", flush=True)
-    getattr(raw, "backbone", raw).checkpointing = cfg.activation_checkpointing
+    raw.checkpointing = cfg.activation_checkpointing
     model = dist.wrap(raw, ctx, cfg.compile)
     optimizer = make_optimizer(raw, cfg.optimizer, cfg.learning_rate, cfg.weight_decay, muon_lr=cfg.muon_lr)
     scaler = torch.amp.GradScaler(ctx.device.type, enabled=dtype == torch.float16)

@@ -19,11 +19,12 @@ from nanollm import checkpoint, curriculum, dist, evaluation
 from nanollm.config import UserError, arg, run
 from nanollm.data import Ahead, Joined, TokenFile, tokenizer_of
 from nanollm.log import Logger
-from nanollm.losses import IGNORE_INDEX, cross_entropy
+from nanollm.losses import IGNORE_INDEX, linear_cross_entropy
 from nanollm.mixture import read_phases, sources_of
-from nanollm.model import ModelArgs, Transformer, flops_per_token, parameter_count
+from nanollm.model import ModelArgs, flops_per_token, parameter_count
 from nanollm.optim import Guard, get_lr, make_optimizer, update
 from nanollm.sampler import Sampler, permute
+from nanollm.variants import build
 
 
 @dataclass
@@ -55,6 +56,7 @@ class Config:
     dropout: float = arg(0.0, "0 for one pass over the data; 0.1 when epochs repeat")
     tie_embeddings: bool = arg(True, "one matrix for input and output; saves vocab_size * dim parameters")
     attention: str = arg("sdpa", "sdpa: PyTorch's kernel; naive: softmax(QK^T/sqrt(d))V spelled out")
+    variants: list = arg([], "architecture options by name, as in docs/variants.md: qk_norm moe:n_experts=8,top_k=2")
     # the run
     max_steps: int = arg(0, "length of the run and of the schedule; 0 = --epochs says it", unit="updates")
     epochs: float = arg(1.0, "passes over the data, unless --max_steps is given")
@@ -91,7 +93,7 @@ class Config:
 
 def pretrain_loss(model, inputs, targets, segments):
     """Cross-entropy of every next token, in nats: (sum, count, metrics). Untrained it is ln(vocab_size) a token."""
-    return cross_entropy(model(inputs, segments), targets)
+    return model(inputs, segments, head=lambda h, output: linear_cross_entropy(h, output.weight, targets))
 
 
 @torch.no_grad()
@@ -128,7 +130,7 @@ def make_model(cfg, tokenizer):
     if cfg.vocab_size and cfg.vocab_size < tokenizer.vocab_size:
         raise UserError(f"--vocab_size {cfg.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}; leave it out")
     try:
-        return Transformer(ModelArgs(**{**fields, "vocab_size": cfg.vocab_size or tokenizer.vocab_size}))
+        return build(ModelArgs(**{**fields, "vocab_size": cfg.vocab_size or tokenizer.vocab_size}))
     except ValueError as e:
         raise UserError(str(e)) from None
 
@@ -156,7 +158,7 @@ def main(cfg):
     max_steps = sampler.steps(cfg.max_steps)
     if cfg.warmup_steps >= max_steps:
         print(f"note: these {max_steps} updates end inside the warmup of {cfg.warmup_steps}; lower --warmup_steps", flush=True)
-    getattr(raw, "backbone", raw).checkpointing = cfg.activation_checkpointing
+    raw.checkpointing = cfg.activation_checkpointing
     model = dist.wrap(raw, ctx, cfg.compile)
     optimizer = make_optimizer(raw, cfg.optimizer, cfg.learning_rate, cfg.weight_decay, muon_lr=cfg.muon_lr)
     scaler = torch.amp.GradScaler(ctx.device.type, enabled=dtype == torch.float16)

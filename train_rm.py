@@ -16,9 +16,10 @@ from nanollm.config import UserError, arg, run
 from nanollm.data import Ahead, PreferenceRows
 from nanollm.log import Logger
 from nanollm.losses import reward_loss
-from nanollm.model import RewardModel, parameter_count
+from nanollm.model import parameter_count
 from nanollm.optim import Guard, get_lr, make_optimizer, update
 from nanollm.sampler import Sampler
+from nanollm.variants import build
 
 
 @dataclass
@@ -98,7 +99,7 @@ def main(cfg):
     T = cfg.max_seq_len or lm.args.max_seq_len
     if T > lm.args.max_seq_len:
         raise UserError(f"--max_seq_len {T} is longer than the model's context of {lm.args.max_seq_len}")
-    raw = RewardModel(lm.args).to(ctx.device)
+    raw = build(lm.args, "reward").to(ctx.device)
     raw.backbone.load_state_dict({k: v for k, v in lm.state_dict().items() if k != "output.weight"})
     train, val = PreferenceRows.load(cfg, tokenizer, T)
 
@@ -108,7 +109,7 @@ def main(cfg):
     max_steps = sampler.steps(cfg.max_steps)
     if cfg.warmup_steps >= max_steps:
         print(f"note: these {max_steps} updates end inside the warmup of {cfg.warmup_steps}; lower --warmup_steps", flush=True)
-    getattr(raw, "backbone", raw).checkpointing = cfg.activation_checkpointing
+    raw.checkpointing = cfg.activation_checkpointing
     model = dist.wrap(raw, ctx, cfg.compile)
     optimizer = make_optimizer(raw, cfg.optimizer, cfg.learning_rate, cfg.weight_decay, muon_lr=cfg.muon_lr)
     scaler = torch.amp.GradScaler(ctx.device.type, enabled=dtype == torch.float16)

@@ -16,7 +16,7 @@ from nanollm import checkpoint, dist, evaluation, peft
 from nanollm.config import UserError, arg, run
 from nanollm.data import Ahead, ChatRows
 from nanollm.log import Logger
-from nanollm.losses import IGNORE_INDEX, cross_entropy
+from nanollm.losses import IGNORE_INDEX, linear_cross_entropy
 from nanollm.model import parameter_count
 from nanollm.optim import Guard, get_lr, make_optimizer, update
 from nanollm.sampler import Sampler
@@ -77,7 +77,7 @@ class Config:
 def sft_loss(model, inputs, targets, segments):
     """Cross-entropy on the assistant's tokens: the mask lives in targets, where all else is IGNORE_INDEX.
     (sum, count, metrics)."""
-    return cross_entropy(model(inputs, segments), targets)
+    return model(inputs, segments, head=lambda h, output: linear_cross_entropy(h, output.weight, targets))
 
 
 @torch.no_grad()
@@ -121,7 +121,7 @@ def main(cfg):
     max_steps = sampler.steps(cfg.max_steps)
     if cfg.warmup_steps >= max_steps:
         print(f"note: these {max_steps} updates end inside the warmup of {cfg.warmup_steps}; lower --warmup_steps", flush=True)
-    getattr(raw, "backbone", raw).checkpointing = cfg.activation_checkpointing
+    raw.checkpointing = cfg.activation_checkpointing
     model = dist.wrap(raw, ctx, cfg.compile)
     optimizer = make_optimizer(raw, cfg.optimizer, cfg.learning_rate, cfg.weight_decay, muon_lr=cfg.muon_lr)
     scaler = torch.amp.GradScaler(ctx.device.type, enabled=dtype == torch.float16)

@@ -24,7 +24,8 @@ import torch
 from nanollm import dist, peft
 from nanollm import tokenizer as tokenizers
 from nanollm.config import UserError
-from nanollm.model import ModelArgs, RewardModel, Transformer
+from nanollm.model import ModelArgs, RewardModel
+from nanollm.variants import build
 
 PREFIX, ASIDE = "step_", ".writing_"
 
@@ -166,7 +167,7 @@ def load(path, device="cpu", expect=None):
         raise UserError(f"{path}: its tokenizer is not the one it was trained with (hash {tokenizer.hash[:8]} instead "
                         f"of {meta['tokenizer_hash'][:8]}); restore the tokenizer directory")
     args = ModelArgs(**meta["model"])
-    model = RewardModel(args) if meta["head"] == "reward" else Transformer(args)
+    model = build(args, meta["head"])
     if meta.get("lora"):
         peft.inject_lora(model, **meta["lora"])
     try:

@@ -6,7 +6,7 @@ form that Hugging Face uses, so exporting is a renaming of tensors and nothing e
 Legend of shapes:  B batch   T time (tokens)   C = dim   H query heads   G key/value heads   D = C / H   V vocabulary
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
@@ -29,6 +29,7 @@ class ModelArgs:
     dropout: float = 0.0
     tie_embeddings: bool = True    # one matrix for the input embedding and the output projection
     attention: str = "sdpa"        # "sdpa": F.scaled_dot_product_attention; "naive": the formula spelled out
+    variants: list = field(default_factory=list)      # what nanollm/variants puts in place of a part; this file only keeps the words
 
     def __post_init__(self):
         """Raises ValueError for a shape that cannot be built."""
@@ -102,11 +103,16 @@ class Attention(nn.Module):
         self.attn_dropout = nn.Dropout(args.dropout)
         self.resid_dropout = nn.Dropout(args.dropout)
 
-    def forward(self, x, cos, sin, mask, cache=None):
+    def qkv(self, x):
         B, T, _ = x.shape
         q = self.wq(x).view(B, T, self.n_heads, self.head_dim).transpose(1, 2)         # (B, H, T, D)
         k = self.wk(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)      # (B, G, T, D)
         v = self.wv(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)      # (B, G, T, D)
+        return q, k, v
+
+    def forward(self, x, cos, sin, mask, cache=None):
+        B, T, _ = x.shape
+        q, k, v = self.qkv(x)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
             k, v = cache.extend(self, k, v)                                            # (B, G, S, D), S >= T
@@ -155,16 +161,31 @@ class TransformerBlock(nn.Module):
         return x + self.feed_forward(self.ffn_norm(x))
 
 
+def causal_mask(T, cache=None, segments=None, seen=None, device=None):
+    """Which of the S tokens read so far (their segments: seen) each of the T newest may look at: itself and what came
+    before, in its own segment. (…, T, S) bool, or None where attention needs no mask to be causal."""
+    start = cache.length if cache is not None else 0
+    if segments is None and (start == 0 or T == 1):          # is_causal does it (it assumes S = T), or a lone query sees all
+        return None
+    mask = torch.ones(T, start + T, dtype=torch.bool, device=device).tril(start)
+    return mask if segments is None else mask & (segments[:, None, :, None] == seen[:, None, None, :])     # (B, 1, T, S)
+
+
 class KVCache:
     """Keys and values of the tokens already read, so that each new token costs one column and not a square."""
+    endless = False             # True: forgets what is far away, so that a text may outgrow max_seq_len
 
-    def __init__(self):
+    def __init__(self, model=None):
         self.kv = {}                # Attention module -> (k, v), each (B, G, S, D), keys already rotated
         self.segments = None        # (B, S): see Transformer.forward
 
     @property
     def length(self):
         return next(iter(self.kv.values()))[0].size(2) if self.kv else 0
+
+    @property
+    def position(self):         # of the next token
+        return self.length
 
     def extend(self, module, k, v):
         if module in self.kv:
@@ -196,6 +217,7 @@ class Transformer(nn.Module):
         cos, sin = rope_table(args.dim // args.n_heads, args.max_seq_len, args.rope_theta)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
+        self.mask, self.cache = causal_mask, KVCache          # a variant may put another function and another class here
         self.checkpointing = False           # True: keep only the blocks' inputs, compute the rest again in the backward pass
         self.init_weights()
 
@@ -212,9 +234,9 @@ class Transformer(nn.Module):
         for p in self.parameters():
             if p.dim() >= 2:
                 nn.init.normal_(p, std=0.02)
-        for block in self.layers:
-            for residual in (block.attention.wo, block.feed_forward.w2):
-                nn.init.normal_(residual.weight, std=0.02 / math.sqrt(2 * self.args.n_layers))
+        for name, p in self.named_parameters():
+            if name.endswith(("wo.weight", "w2.weight")):
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.args.n_layers))
 
     def hidden(self, tokens, segments=None, cache=None):
         """tokens (B, T) -> the final normed hidden states (B, T, C).
@@ -223,18 +245,13 @@ class Transformer(nn.Module):
         apart (1, 2, 3, … along a row) and hides left padding in batched generation (0 for pads, 1 for text).
         Positions need no reset: RoPE only sees distances. None = the whole row is one segment.
         """
-        T, start = tokens.size(1), cache.length if cache is not None else 0
+        T, start = tokens.size(1), cache.position if cache is not None else 0
         if start + T > self.args.max_seq_len:
             raise ValueError(f"{start + T} tokens do not fit into max_seq_len {self.args.max_seq_len}")
-        mask = None
-        if segments is not None:
-            seen = segments if cache is None or cache.segments is None else torch.cat((cache.segments, segments), 1)
-            if cache is not None:
-                cache.segments = seen
-            mask = segments[:, None, :, None] == seen[:, None, None, :]                   # (B, 1, T, S)
-            mask &= torch.ones(T, seen.size(1), dtype=torch.bool, device=tokens.device).tril(start)
-        elif cache is not None and start > 0 and T > 1:      # is_causal assumes S = T: spell the mask out
-            mask = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril(start)
+        seen = segments
+        if cache is not None and segments is not None:
+            seen = cache.segments = segments if cache.segments is None else torch.cat((cache.segments, segments), 1)    # (B, S)
+        mask = self.mask(T, cache, segments, seen, tokens.device)
         cos, sin = self.rope_cos[start : start + T], self.rope_sin[start : start + T]
         x = self.dropout(self.tok_embeddings(tokens))                                     # (B, T, C)
         for layer in self.layers:
@@ -287,7 +304,7 @@ def parameter_count(model):
         seen.add(id(p))
         words = name.split(".")
         part = ("norm" if "norm" in words[-2] else "attention" if "attention" in words
-                else "feed_forward" if "feed_forward" in words else "embedding" if "tok_embeddings" in words
+                else "feed_forward" if "feed_forward" in words else "embedding" if {"tok_embeddings", "positions"} & set(words)
                 else "output")
         parts[part] += p.numel()
     parts["total"] = sum(parts.values())
@@ -296,7 +313,8 @@ def parameter_count(model):
 
 def flops_per_token(model, seq_len):
     """Training FLOPs per token: 6 for each weight that multiplies (2 forward, 4 backward; Kaplan et al. 2020,
-    table 1) plus 12 * n_layers * dim * T for the attention scores and values (the causal half not subtracted)."""
-    a, n = model.args, parameter_count(model)
-    multiplied = n["total"] - n["norm"] - (n["embedding"] if n["output"] else 0)     # tied: the embedding is the output
+    table 1) plus 12 * n_layers * dim * T for the attention scores and values (the causal half not subtracted).
+    A tied output multiplies too, an embedding is only looked up. An expert's `share` is the part of the tokens it sees."""
+    a = model.args
+    multiplied = sum(m.weight.numel() * getattr(m, "share", 1) for m in model.modules() if isinstance(m, nn.Linear))
     return 6 * multiplied + 12 * a.n_layers * a.dim * seq_len

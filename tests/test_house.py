@@ -65,6 +65,8 @@ def test_a_file_imports_only_from_layers_below_its_own(path):
             assert layer is not None
         elif own in ("corpus", "variants"):
             assert layer == own or (isinstance(layer, int) and layer <= 1), f"{name(path)} (beside) imports {dotted}"
+        elif layer == "variants":
+            assert own >= 2, f"{name(path)} (layer {own}) imports {dotted}: the model knows nothing of its variants"
         elif layer == "corpus":
             assert own == 3, f"{name(path)} (layer {own}) imports {dotted}: only layer 3 and scripts use corpus/"
         else:
