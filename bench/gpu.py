@@ -16,6 +16,7 @@ the data sheet's dense figure. The H200's sheet peak needs its full clock and po
 import contextlib
 import functools
 import gc
+import itertools
 import json
 import statistics
 import sys
@@ -61,7 +62,7 @@ class Config:
     batch_size: int = arg(0, "rows a step; 0 = what suits 80 GB or more", unit="rows")
     steps: int = arg(40, "timed steps", least=2)
     warmup: int = arg(10, "steps before, in which kernels are chosen and compiled", least=1)
-    chunk: int = arg(0, "0 = the plain loss; else the chunked one, which never holds all logits: so many tokens at a time", unit="tokens")
+    losses: list = arg(["chunked", "plain"], "chunked: the scripts' own, which never holds all logits; plain: logits, then cross-entropy")
     grad_clip: float = arg(1.0, "largest L2 norm of the gradient")
     out: str = arg("out/bench/gpu.json", "where the figures go")
 
@@ -121,19 +122,19 @@ def sent(batch, device):
     return [t.pin_memory().to(device, non_blocking=True) for t in batch] if device.type == "cuda" else [t.to(device) for t in batch]
 
 
-def train_step(model, raw, optimizer, scaler, autocast, cfg, inputs, targets):
+def train_step(model, raw, optimizer, scaler, autocast, chunked, grad_clip, inputs, targets):
     """One update as the training loops make it; the loss stays on the device: reading it would be a wait."""
-    chunked = lambda h, output: linear_cross_entropy(h, output.weight, targets, cfg.chunk)
+    head = lambda h, output: linear_cross_entropy(h, output.weight, targets)
     with autocast():
-        loss, count, _ = model(inputs, head=chunked) if cfg.chunk else cross_entropy(model(inputs), targets)
+        loss, count, _ = model(inputs, head=head) if chunked else cross_entropy(model(inputs), targets)
     scaler.scale(loss / count).backward()
     model.wait()
-    update(raw, optimizer, scaler, cfg.grad_clip, loss.detach())
+    update(raw, optimizer, scaler, grad_clip, loss.detach())
     model.zero_grad()
     return (loss / count).detach()
 
 
-def measure(name, mode, ctx, dtype, cfg):
+def measure(name, mode, loss, ctx, dtype, cfg):
     """One row of the table: a fresh model, warm-up, timed steps. -> dict."""
     vocab_size, rows, shape = (TINY if cfg.tiny else SHAPES)[name]
     args, device, rows = shape_args(shape, vocab_size), ctx.device, cfg.batch_size or rows
@@ -153,7 +154,7 @@ def measure(name, mode, ctx, dtype, cfg):
         tokens = torch.randint(vocab_size, (rows, T + 1))    # what the tokens are costs nothing
         return sent((tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()), device)
 
-    step = functools.partial(train_step, model, raw, optimizer, scaler, autocast, cfg)
+    step = functools.partial(train_step, model, raw, optimizer, scaler, autocast, loss == "chunked", cfg.grad_clip)
     losses, batch = [], fetch()
     for _ in range(cfg.warmup):
         losses.append(step(*batch))
@@ -172,18 +173,18 @@ def measure(name, mode, ctx, dtype, cfg):
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     assert torch.stack(losses).isfinite().all()
     per_s = rows * T / statistics.median(seconds)
-    return {"shape": name, "mode": mode, "parameters": parameter_count(raw)["total"], "chunk": cfg.chunk, "rows": rows, "T": T, "vocab_size": vocab_size,
+    return {"shape": name, "mode": mode, "parameters": parameter_count(raw)["total"], "loss": loss, "rows": rows, "T": T, "vocab_size": vocab_size,
             "ms_a_step": 1e3 * statistics.median(seconds), "tokens_per_s": per_s, "flops_per_s": per_s * flops_per_token(raw, T),
             "attention": kernel, "peak_bytes": peak}
 
 
 def table(rows, peak, sheet):
-    lines = ["| shape | mode | parameters | rows x T | ms a step | tokens/s | TFLOP/s | of matmul peak | of data sheet | attention | peak GiB |",
-             "|---|---|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| shape | loss | mode | parameters | rows x T | ms a step | tokens/s | TFLOP/s | of matmul peak | of data sheet | attention | peak GiB |",
+             "|---|---|---|---|---|---|---|---|---|---|---|---|"]
     for r in rows:
         percent = lambda p: f"{100 * r['flops_per_s'] / p:.1f} %" if p else "-"
         memory = f"{r['peak_bytes'] / 2**30:.2f}" if r["peak_bytes"] else "-"
-        lines.append(f"| {r['shape']} | {r['mode']} | {r['parameters']:,} | {r['rows']} x {r['T']} | {r['ms_a_step']:.1f} | {r['tokens_per_s']:,.0f} "
+        lines.append(f"| {r['shape']} | {r['loss']} | {r['mode']} | {r['parameters']:,} | {r['rows']} x {r['T']} | {r['ms_a_step']:.1f} | {r['tokens_per_s']:,.0f} "
                      f"| {r['flops_per_s'] / 1e12:.2f} | {percent(peak)} | {percent(sheet)} | {r['attention']} | {memory} |")
     return "\n".join(lines)
 
@@ -195,7 +196,8 @@ def main(cfg):
         raise UserError("bench/gpu.py needs a CUDA GPU and PyTorch sees none here; --device cpu --tiny runs the same code on toy shapes")
     kernels = {"auto": None, "flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
     shapes = TINY if cfg.tiny else {name: SHAPES.get(name) for name in cfg.shapes or SHAPES}
-    for option, given, known in (("shapes", shapes, {**SHAPES, **TINY}), ("modes", cfg.modes, ("eager", "compile")), ("attention", [cfg.attention], kernels)):
+    for option, given, known in (("shapes", shapes, {**SHAPES, **TINY}), ("modes", cfg.modes, ("eager", "compile")),
+                                 ("losses", cfg.losses, ("chunked", "plain")), ("attention", [cfg.attention], kernels)):
         if bad := [word for word in given if word not in known]:
             raise UserError(f"--{option} {bad[0]} is unknown; use {', '.join(known)}")
     ctx = dist.init(cfg.device)
@@ -208,11 +210,10 @@ def main(cfg):
     if cfg.tiny:
         cfg.steps, cfg.warmup = 2, 1
     rows = []
-    for name in shapes:
-        for mode in cfg.modes:
-            with sdpa_kernel(kernels[cfg.attention]) if kernels[cfg.attention] else contextlib.nullcontext():
-                rows.append(measure(name, mode, ctx, dtype, cfg))
-            print(f"{name} {mode}: {rows[-1]['tokens_per_s']:,.0f} tokens/s", flush=True)
+    for name, loss, mode in itertools.product(shapes, cfg.losses, cfg.modes):
+        with sdpa_kernel(kernels[cfg.attention]) if kernels[cfg.attention] else contextlib.nullcontext():
+            rows.append(measure(name, mode, loss, ctx, dtype, cfg))
+        print(f"{name} {loss} {mode}: {rows[-1]['tokens_per_s']:,.0f} tokens/s", flush=True)
     print(table(rows, peak, sheet))
     Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
     figures = {"machine": machine, "torch": torch.__version__, "cuda": torch.version.cuda, "dtype": str(dtype), "matmul_peak": peak, "sheet_peak": sheet,

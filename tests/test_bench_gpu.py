@@ -29,9 +29,9 @@ def test_the_benchmark_runs_on_toy_shapes_on_the_cpu(tmp_path, capsys):
     """The very functions that run on a GPU: warm-up, timed steps, the table, the JSON."""
     gpu.main(gpu.Config(device="cpu", tiny=True, modes=["eager"], out=str(tmp_path / "new" / "gpu.json")))
     figures = json.loads((tmp_path / "new" / "gpu.json").read_text(encoding="utf-8"))
-    (row,) = figures["rows"]
-    assert row["shape"] == "toy" and row["tokens_per_s"] > 0 and row["attention"] == "flash" and figures["matmul_peak"] > 0
-    assert "| toy | eager | 43,168 | 2 x 64 |" in capsys.readouterr().out
+    row, other = figures["rows"]
+    assert row["shape"] == "toy" and (row["loss"], other["loss"]) == ("chunked", "plain") and row["tokens_per_s"] > 0 and row["attention"] == "flash" and figures["matmul_peak"] > 0
+    assert "| toy | chunked | eager | 43,168 | 2 x 64 |" in capsys.readouterr().out
 
 
 def test_the_shapes_are_the_notes_and_gpt2_s():
@@ -45,15 +45,15 @@ def test_the_shapes_are_the_notes_and_gpt2_s():
 
 def test_mfu_is_model_flops_over_the_peak():
     """GPT-2's shape at 1,024: 6 * 123.6 M and 12 * 12 * 768 * 1,024 FLOPs a token, so 350,000 tokens/s on 989 TFLOP/s are 30.2 %."""
-    row = {"shape": "x", "mode": "eager", "parameters": 1, "rows": 1, "T": 1024, "ms_a_step": 1.0, "tokens_per_s": 350_000.0, "attention": "flash",
+    row = {"shape": "x", "loss": "plain", "mode": "eager", "parameters": 1, "rows": 1, "T": 1024, "ms_a_step": 1.0, "tokens_per_s": 350_000.0, "attention": "flash",
            "peak_bytes": 2**30, "flops_per_s": 350_000 * (6 * 123_553_536 + 12 * 12 * 768 * 1024)}
     assert "| 30.2 % | 60.5 % | flash | 1.00 |" in gpu.table([row], 989e12, 494.5e12)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("chunk", [0, 50])
-def test_an_update_reads_no_number_back(kind, dtype, chunk):
+@pytest.mark.parametrize("chunked", [True, False])
+def test_an_update_reads_no_number_back(kind, dtype, chunked):
     """Forward, backward, unscale, clip, step, update on fake tensors, which have no numbers: an .item(), a float(), an `if` on a
     tensor would raise. So on a GPU the CPU never waits; and the last line shows that a read would have been found."""
     cpu = torch.device("cpu")
@@ -63,7 +63,7 @@ def test_an_update_reads_no_number_back(kind, dtype, chunk):
         scaler, optimizer = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16), make_optimizer(raw, kind)
         for _ in range(2):                                   # the first update makes the optimizer's state
             tokens = torch.zeros(2, 64, dtype=torch.long)
-            loss = gpu.train_step(model, raw, optimizer, scaler, lambda: dist.autocast(cpu, dtype), gpu.Config(chunk=chunk), tokens, tokens)
+            loss = gpu.train_step(model, raw, optimizer, scaler, lambda: dist.autocast(cpu, dtype), chunked, 1.0, tokens, tokens)
         with pytest.raises(DataDependentOutputException):
             float(loss)
 
