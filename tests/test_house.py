@@ -204,7 +204,7 @@ def test_the_road_stays_readable():
     assert length(SCRIPTS) <= 1800
     aside = {"tools", "variants", "world.py", "report.py", "evaluation.py", "hf.py", "peft.py", "foreign_tokenizers.py", "curriculum.py", "mixture.py", "parallel.py", "zero.py",
              "plan.py", "plot.py", "env.py"}
-    assert length(p for p in PACKAGE if not aside & set(p.parts) and (p.parent.name != "corpus" or p.name in CORPUS_CORE)) <= 3100
+    assert length(p for p in PACKAGE if not aside & set(p.parts) and (p.parent.name != "corpus" or p.name in CORPUS_CORE)) <= 3200
     assert all(len(line) <= 160 for p in [*PACKAGE, *SCRIPTS] for line in p.read_text(encoding="utf-8").splitlines())
 
 
