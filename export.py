@@ -45,6 +45,8 @@ def to_hf(cfg):
     """Write config.json, generation_config.json, model.safetensors and the tokenizer's files under --out."""
     safetensors, out = hf.safetensors(), Path(cfg.out)          # a missing extra is reported before anything is done
     model, tok, meta = checkpoint.load(cfg.init_from, expect="lm")
+    if model.args.variants:
+        raise UserError(f"{cfg.init_from} has {' '.join(model.args.variants)} (--variants), which the LLaMA layout cannot hold; chat.py runs it")
     if cfg.adapter:                                             # load() has merged it: take the file as it was trained
         if not meta["lora"]:
             raise UserError(f"--adapter: {cfg.init_from} was trained without LoRA; leave the option out")

@@ -20,6 +20,7 @@ from nanollm.losses import IGNORE_INDEX, dpo_loss, sequence_logps
 from nanollm.model import parameter_count
 from nanollm.optim import Guard, get_lr, make_optimizer, update
 from nanollm.sampler import Sampler
+from nanollm.variants import mark_prefix
 
 
 @dataclass
@@ -80,13 +81,14 @@ def preference_loss(model, reference, inputs, targets, beta, nll_weight=0.0):
     reference is a frozen copy, or None with LoRA: the policy with its adapters switched off is the reference.
     nll_weight * (sum of -log pi over the chosen answers) is added: DPO sees only the difference of the two sides, and
     may lower both (RPO, Pang et al. 2024, eq. 2)."""
-    logps, counts = sequence_logps(model(inputs), targets)                     # (2B,) sums over the answer's tokens
+    segments = mark_prefix(model, None, targets)                               # None unless the policy is a prefix-LM
+    logps, counts = sequence_logps(model(inputs, segments), targets)           # (2B,) sums over the answer's tokens
     with torch.no_grad():
         if reference is None:
             with peft.disable_adapter(model):
-                ref_logps, _ = sequence_logps(model(inputs), targets)
+                ref_logps, _ = sequence_logps(model(inputs, segments), targets)
         else:
-            ref_logps, _ = sequence_logps(reference(inputs), targets)
+            ref_logps, _ = sequence_logps(reference(inputs, segments), targets)
     loss, count, metrics = dpo_loss(logps, ref_logps, counts, beta)
     return loss - nll_weight * logps.chunk(2)[0].sum(), count, metrics
 
@@ -158,19 +160,19 @@ def main(cfg):
 
     while True:
         # [shared:evaluate_and_save]
-        last = at.step >= max_steps or ctx.stop_requested()
+        last, stop = at.step >= max_steps, ctx.stop_requested()           # asked to stop: save at once, evaluate another time
         if (at.step % cfg.eval_every == 0 or last) and at.evaluated != at.step:
             metrics = evaluate()
             log(at.step, metrics)
             at.judge(metrics["val/loss"], counts=at.step % cfg.eval_every == 0)
         if 0 < cfg.patience <= at.stale and not last:
             log.event(at.step, f"early stop: val/loss {at.best:.4g} has not been beaten in {at.stale} evaluations ({cfg.out_dir}/best holds it)")
-            last = True
-        if saver.due(at, last):
+            stop = True
+        if saver.due(at, last or stop):
             guard.read(at)
             at.seconds = log.seconds()
             saver.save(at)
-        if last:
+        if last or stop:
             break
         # [/shared]
         # [shared:learning_rate]

@@ -24,7 +24,7 @@ from nanollm.mixture import read_phases, sources_of
 from nanollm.model import ModelArgs, flops_per_token, parameter_count
 from nanollm.optim import Guard, get_lr, make_optimizer, update
 from nanollm.sampler import Sampler, permute
-from nanollm.variants import build
+from nanollm.variants import add_balance, build
 
 
 @dataclass
@@ -93,7 +93,8 @@ class Config:
 
 def pretrain_loss(model, inputs, targets, segments):
     """Cross-entropy of every next token, in nats: (sum, count, metrics). Untrained it is ln(vocab_size) a token."""
-    return model(inputs, segments, head=lambda h, output: linear_cross_entropy(h, output.weight, targets))
+    loss = model(inputs, segments, head=lambda h, output: linear_cross_entropy(h, output.weight, targets))
+    return add_balance(model, *loss)                         # for a mixture of experts: that all are used
 
 
 @torch.no_grad()
@@ -120,12 +121,12 @@ def make_model(cfg, tokenizer):
     """A fresh Transformer from the flags, or the one in --init_from."""
     fields = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(ModelArgs)}
     if cfg.init_from:
-        raw, _, meta = checkpoint.load(cfg.init_from, expect="lm")
+        raw, _, meta = checkpoint.load(cfg.init_from, expect="lm", variants=cfg.variants)
         if meta["tokenizer_hash"] != tokenizer.hash:
             raise UserError(f"--init_from {cfg.init_from} was trained with another tokenizer than {cfg.data}; tokenize with the model's")
         for name, value in fields.items():
-            if value != getattr(Config(), name) and value != meta["model"][name]:
-                raise UserError(f"--{name} {value}: the shape comes from --init_from, where it is {meta['model'][name]}; leave it out")
+            if name != "variants" and value != getattr(Config(), name) and value != getattr(raw.args, name):
+                raise UserError(f"--{name} {value}: the shape comes from --init_from, where it is {getattr(raw.args, name)}; leave it out")
         return raw
     if cfg.vocab_size and cfg.vocab_size < tokenizer.vocab_size:
         raise UserError(f"--vocab_size {cfg.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}; leave it out")
@@ -183,19 +184,19 @@ def main(cfg):
 
     while True:
         # [shared:evaluate_and_save]
-        last = at.step >= max_steps or ctx.stop_requested()
+        last, stop = at.step >= max_steps, ctx.stop_requested()           # asked to stop: save at once, evaluate another time
         if (at.step % cfg.eval_every == 0 or last) and at.evaluated != at.step:
             metrics = evaluate()
             log(at.step, metrics)
             at.judge(metrics["val/loss"], counts=at.step % cfg.eval_every == 0)
         if 0 < cfg.patience <= at.stale and not last:
             log.event(at.step, f"early stop: val/loss {at.best:.4g} has not been beaten in {at.stale} evaluations ({cfg.out_dir}/best holds it)")
-            last = True
-        if saver.due(at, last):
+            stop = True
+        if saver.due(at, last or stop):
             guard.read(at)
             at.seconds = log.seconds()
             saver.save(at)
-        if last:
+        if last or stop:
             break
         # [/shared]
         # [shared:learning_rate]
@@ -210,14 +211,14 @@ def main(cfg):
         batches = fetch(at.step)
         count = ctx.sum(sum((targets != IGNORE_INDEX).sum() for _, targets, _ in batches))
         at.tokens += int(count)
-        loss = torch.zeros((), device=ctx.device)
+        loss, metrics = torch.zeros((), device=ctx.device), {}
         for micro_step, batch in enumerate(batches):
             model.sync = micro_step == len(batches) - 1      # gradients travel once an update, with the last micro-batch
             with autocast():
-                loss_sum, _, _ = pretrain_loss(model, *ctx.to(batch))
+                loss_sum, _, m = pretrain_loss(model, *ctx.to(batch))
             scaler.scale(loss_sum / count * ctx.world_size).backward()     # * world_size: DDP averages over ranks
             loss += loss_sum.detach()
-        metrics = {}                                         # the loss says it all; preference stages count more
+            metrics = {k: metrics.get(k, 0) + v for k, v in m.items()}
         # [shared:update]
         model.wait()                                         # the averaged gradients are in place, on every rank the same
         loss = ctx.sum(loss)

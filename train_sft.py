@@ -20,6 +20,7 @@ from nanollm.losses import IGNORE_INDEX, linear_cross_entropy
 from nanollm.model import parameter_count
 from nanollm.optim import Guard, get_lr, make_optimizer, update
 from nanollm.sampler import Sampler
+from nanollm.variants import add_balance, mark_prefix
 
 
 @dataclass
@@ -64,6 +65,7 @@ class Config:
     rollback_lr: float = arg(0.1, "factor of the rate after a rollback, until it is as far behind")
     tensorboard: bool = arg(False, "also write OUT/tensorboard (extra: tensorboard)")
     max_bad: float = arg(0.1, "largest share of unusable rows before the run refuses to start")
+    variants: list = arg([], "architecture options to put on the trained model: prefix_lm, sliding_window, rope_scaling (docs/variants.md)")
     # LoRA
     peft: str = arg("", "lora: train small adapters beside frozen weights; empty = train everything")
     lora_rank: int = arg(8, "r: each adapted matrix (out, in) gets r * (in + out) parameters")
@@ -77,7 +79,9 @@ class Config:
 def sft_loss(model, inputs, targets, segments):
     """Cross-entropy on the assistant's tokens: the mask lives in targets, where all else is IGNORE_INDEX.
     (sum, count, metrics)."""
-    return model(inputs, segments, head=lambda h, output: linear_cross_entropy(h, output.weight, targets))
+    segments = mark_prefix(model, segments, targets)         # for a prefix-LM: the prompt reads itself in both directions
+    loss = model(inputs, segments, head=lambda h, output: linear_cross_entropy(h, output.weight, targets))
+    return add_balance(model, *loss)                         # for a mixture of experts: that all are used
 
 
 @torch.no_grad()
@@ -103,7 +107,7 @@ def main(cfg):
     autocast = lambda: dist.autocast(ctx.device, dtype)
     torch.manual_seed(cfg.seed + ctx.rank)                   # ranks draw different dropout masks
     # [/shared]
-    raw, tokenizer, _ = checkpoint.load(cfg.init_from, ctx.device, expect="lm")
+    raw, tokenizer, _ = checkpoint.load(cfg.init_from, ctx.device, expect="lm", variants=cfg.variants)
     T = cfg.max_seq_len or raw.args.max_seq_len
     if T > raw.args.max_seq_len:
         raise UserError(f"--max_seq_len {T} is longer than the model's context of {raw.args.max_seq_len}")
@@ -143,19 +147,19 @@ def main(cfg):
 
     while True:
         # [shared:evaluate_and_save]
-        last = at.step >= max_steps or ctx.stop_requested()
+        last, stop = at.step >= max_steps, ctx.stop_requested()           # asked to stop: save at once, evaluate another time
         if (at.step % cfg.eval_every == 0 or last) and at.evaluated != at.step:
             metrics = evaluate()
             log(at.step, metrics)
             at.judge(metrics["val/loss"], counts=at.step % cfg.eval_every == 0)
         if 0 < cfg.patience <= at.stale and not last:
             log.event(at.step, f"early stop: val/loss {at.best:.4g} has not been beaten in {at.stale} evaluations ({cfg.out_dir}/best holds it)")
-            last = True
-        if saver.due(at, last):
+            stop = True
+        if saver.due(at, last or stop):
             guard.read(at)
             at.seconds = log.seconds()
             saver.save(at)
-        if last:
+        if last or stop:
             break
         # [/shared]
         # [shared:learning_rate]
@@ -169,14 +173,14 @@ def main(cfg):
         # weigh a token in a short answer more than one in a long answer, differently for each way to split the batch.
         count = ctx.sum(sum((targets != IGNORE_INDEX).sum() for _, targets, _ in batches))
         at.tokens += int(ctx.sum(sum((inputs != tokenizer.pad_id).sum() for inputs, _, _ in batches)))
-        loss = torch.zeros((), device=ctx.device)
+        loss, metrics = torch.zeros((), device=ctx.device), {}
         for micro_step, batch in enumerate(batches):
             model.sync = micro_step == len(batches) - 1      # gradients travel once an update, with the last micro-batch
             with autocast():
-                loss_sum, _, _ = sft_loss(model, *ctx.to(batch))
+                loss_sum, _, m = sft_loss(model, *ctx.to(batch))
             scaler.scale(loss_sum / count * ctx.world_size).backward()     # * world_size: DDP averages over ranks
             loss += loss_sum.detach()
-        metrics = {}                                         # the loss says it all; preference stages count more
+            metrics = {k: metrics.get(k, 0) + v for k, v in m.items()}
         # [shared:update]
         model.wait()                                         # the averaged gradients are in place, on every rank the same
         loss = ctx.sum(loss)

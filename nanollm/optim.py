@@ -29,18 +29,23 @@ def get_lr(it, learning_rate, min_lr, warmup_steps, decay_steps, schedule="cosin
     return min_lr + shape * (learning_rate - min_lr)
 
 
-def orthogonalize(g, steps=5):
-    """Newton-Schulz: push all singular values of each matrix in g (…, rows, cols) towards 1 without an SVD.
+# Quintics x -> a x + b x^3 + c x^5, each the best there is (least largest distance from 1) on the interval that the one before
+# leaves; the first on [0.01, 1]: the greedy construction of Amsel et al. 2025, "The Polar Express" (arXiv:2505.16932, algorithm 1).
+QUINTICS = [(8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)]
 
-    X <- a X + b (X X^T) X + c (X X^T)^2 X with the quintic coefficients of Jordan et al. 2024 ("Muon"), chosen for
-    speed: five steps land between about 0.7 and 1.2, which is close enough for an update direction.
+
+def orthogonalize(g):
+    """U V^T of each matrix g = U S V^T in a stack (…, rows, cols), nearly and without an SVD: an odd polynomial
+    a X + b (X X^T) X + c (X X^T)^2 X changes the singular values S and leaves U and V alone.
+
+    Singular values above 1 % of the matrix's norm land between 0.73 and 1.27, smaller ones grow 78-fold. That takes three
+    products of polynomials; one polynomial over and over (Jordan et al. 2024, "Muon") needs five for the same band.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
     wide = g.size(-2) > g.size(-1)
     x = g.mT if wide else g
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        s = x @ x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)        # the norm bounds the largest singular value: all are in [0, 1]
+    for a, b, c in QUINTICS:
+        s = x @ x.mT                                           # on the shorter side
         x = a * x + (b * s + c * s @ s) @ x
     return x.mT if wide else x
 
@@ -154,6 +159,6 @@ class Guard:
             at.in_a_row = 0 if math.isfinite(norm) else at.in_a_row + 1
             if at.in_a_row:
                 at.skipped += 1
-                self.log.event(step, f"loss or gradient is not finite: update left out ({at.in_a_row} in a row)", rows=self.sampler.rows(step).tolist())
+                self.log.event(step + 1, f"loss or gradient is not finite: update left out ({at.in_a_row} in a row)", rows=self.sampler.rows(step).tolist())
         self.norms.clear()
         return at.in_a_row >= self.limit

@@ -5,20 +5,31 @@
 A variant is a function `name(model, option=default, …)`. It changes the model in place; the model itself knows nothing of it
 and only keeps the words in ModelArgs.variants, so that a checkpoint rebuilds what was trained.
 """
+import dataclasses
 import difflib
 import inspect
 
 from nanollm.config import UserError, convert
 from nanollm.model import RewardModel, Transformer
+from nanollm.variants.ffn import geglu, gelu, relu
+from nanollm.variants.gpt2 import gpt2
+from nanollm.variants.moe import add_balance, moe
+from nanollm.variants.prefix_lm import mark_prefix, prefix_lm
 from nanollm.variants.qk_norm import qk_norm
+from nanollm.variants.rope_scaling import rope_scaling
+from nanollm.variants.sliding_window import sliding_window
 
-VARIANTS = {f.__name__: f for f in (qk_norm,)}
-PARTS = {"qk_norm": {"attention"}}                           # what each replaces: two variants cannot replace the same part
+REPLACES = {                                                 # two variants cannot replace the same part
+    qk_norm: ["attention"], relu: ["feed_forward"], gelu: ["feed_forward"], geglu: ["feed_forward"], moe: ["feed_forward"],
+    rope_scaling: ["positions"], sliding_window: ["mask"], prefix_lm: ["mask"],
+    gpt2: ["attention", "feed_forward", "positions", "mask"],        # it counts its positions in the causal mask
+}
+VARIANTS = {f.__name__: f for f in REPLACES}
 
 
 def nearest(word, known):
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known) or 'none'}"
+    return f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}" if known else "it has none"
 
 
 def parse(text):
@@ -40,10 +51,11 @@ def parse(text):
 def build(args, head="lm"):
     """The model that `args` describes, fresh, its variants in place: a Transformer, or with head="reward" a RewardModel.
     Raises UserError for a variant, an option or a combination that does not exist, ValueError for an impossible shape."""
+    args = dataclasses.replace(args, variants=list(args.variants))                        # a variant may change the context
     chosen = [parse(text) for text in args.variants]
     taken = {}
     for name, _ in chosen:
-        for part in PARTS[name]:
+        for part in REPLACES[VARIANTS[name]]:
             if part in taken:
                 raise UserError(f"--variants: {taken[part]} and {name} both replace the {part}; choose one of them")
             taken[part] = name
