@@ -16,7 +16,7 @@ ALL = [p for folder in ("", "nanollm", "tests", "bench", "learn", "runs", "examp
 
 # A file imports only from lower layers. config holds UserError and is below everything; peft knows only tensors, and
 # checkpoint and hf need it, so it stands on layer 1. parallel knows torch only; dist hands over to it under its flags.
-LAYERS = {"config": -2, "parallel": -1, "dist": 0, "losses": 0, "foreign_tokenizers": 0, "model": 1, "tokenizer": 1, "optim": 1, "log": 1, "peft": 1, "sampler": 0, "mixture": 1,
+LAYERS = {"config": -2, "parallel": -1, "zero": -1, "dist": 0, "losses": 0, "foreign_tokenizers": 0, "model": 1, "tokenizer": 1, "optim": 1, "log": 1, "peft": 1, "sampler": 0, "mixture": 1,
           "data": 2, "generate": 2, "checkpoint": 2, "hf": 2, "evaluation": 3, "report": 3, "world": 3, "curriculum": 3, "env": 1, "plot": 2, "plan": 3}
 CORE = {"torch", "numpy", "tiktoken", "sentencepiece", "datasketch", "pyarrow", "tqdm", "regex"}      # regex comes with tiktoken
 OPTIONAL = {"matplotlib", "safetensors", "trafilatura", "jieba", "ray", "tensorboard"}
