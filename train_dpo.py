@@ -98,7 +98,7 @@ def validate(model, reference, val, ctx, autocast, cfg):
     """Loss, accuracy, margin and both log-probabilities on held-out pairs, batches spread over the ranks."""
     total, sums = torch.zeros(3, device=ctx.device), {}
     batches = [range(i, min(i + cfg.batch_size, len(val))) for i in range(0, len(val), cfg.batch_size)]
-    for batch in batches[ctx.rank :: ctx.world_size] or [[]]:               # a rank without a batch joins the sums with zeros
+    for batch in ctx.share(batches):
         inputs, targets = ctx.to(val.batch(batch))
         with autocast():
             loss, count, metrics = preference_loss(model, reference, inputs, targets, cfg.beta)
@@ -136,8 +136,8 @@ def main(cfg):
     max_steps = sampler.steps(cfg.max_steps)
     if cfg.warmup_steps >= max_steps:
         print(f"note: these {max_steps} updates end inside the warmup of {cfg.warmup_steps}; lower --warmup_steps", flush=True)
-    getattr(raw, "backbone", raw).checkpointing = cfg.activation_checkpointing
-    model = dist.wrap(raw, ctx, cfg.compile)
+    raw.checkpointing = cfg.activation_checkpointing
+    model = dist.wrap(raw, ctx, cfg.compile, dtype)
     optimizer = make_optimizer(raw, cfg.optimizer, cfg.learning_rate, cfg.weight_decay, muon_lr=cfg.muon_lr)
     scaler = torch.amp.GradScaler(ctx.device.type, enabled=dtype == torch.float16)
     saver = checkpoint.Saver(cfg, ctx, raw, optimizer, scaler, tokenizer, STAGE)
@@ -160,19 +160,19 @@ def main(cfg):
 
     while True:
         # [shared:evaluate_and_save]
-        last = at.step >= max_steps or ctx.stop_requested()
+        last, stop = at.step >= max_steps, ctx.stop_requested()           # asked to stop: save at once, evaluate another time
         if (at.step % cfg.eval_every == 0 or last) and at.evaluated != at.step:
             metrics = evaluate()
             log(at.step, metrics)
             at.judge(metrics["val/loss"], counts=at.step % cfg.eval_every == 0)
         if 0 < cfg.patience <= at.stale and not last:
             log.event(at.step, f"early stop: val/loss {at.best:.4g} has not been beaten in {at.stale} evaluations ({cfg.out_dir}/best holds it)")
-            last = True
-        if saver.due(at, last):
+            stop = True
+        if saver.due(at, last or stop):
             guard.read(at)
             at.seconds = log.seconds()
             saver.save(at)
-        if last:
+        if last or stop:
             break
         # [/shared]
         # [shared:learning_rate]
@@ -209,8 +209,8 @@ def main(cfg):
             log(at.step, {**means, "lr": lr, "grad_norm": float(grad_norm), "tokens": at.tokens, "tokens_per_s": log.tokens_per_s(at.tokens)})
         # [/shared]
     if cfg.merge_on_save and cfg.peft and ctx.main:
-        peft.merge_lora(raw)
-        print("merged:", checkpoint.save(f"{cfg.out_dir}/merged", at.step, raw, tokenizer, STAGE, cfg))
+        merged, _, _ = checkpoint.load(cfg.out_dir)          # what has just been saved, whole and merged
+        print("merged:", checkpoint.save(f"{cfg.out_dir}/merged", at.step, merged, tokenizer, STAGE, cfg))
     dist.finish(ctx)
 
 

@@ -76,7 +76,7 @@ def validate(model, val, ctx, autocast, cfg):
     """Loss, accuracy (strict: a tie is a miss), mean scores, and what always preferring the longer answer would score."""
     total, sums = torch.zeros(2, device=ctx.device), {}
     batches = [range(i, min(i + cfg.batch_size, len(val))) for i in range(0, len(val), cfg.batch_size)]
-    for batch in batches[ctx.rank :: ctx.world_size] or [[]]:               # a rank without a batch joins the sums with zeros
+    for batch in ctx.share(batches):
         ids, lengths = ctx.to(val.scored_batch(batch))
         with autocast():
             loss, count, metrics = pair_loss(model, ids, lengths, cfg.center)
@@ -109,8 +109,8 @@ def main(cfg):
     max_steps = sampler.steps(cfg.max_steps)
     if cfg.warmup_steps >= max_steps:
         print(f"note: these {max_steps} updates end inside the warmup of {cfg.warmup_steps}; lower --warmup_steps", flush=True)
-    getattr(raw, "backbone", raw).checkpointing = cfg.activation_checkpointing
-    model = dist.wrap(raw, ctx, cfg.compile)
+    raw.checkpointing = cfg.activation_checkpointing
+    model = dist.wrap(raw, ctx, cfg.compile, dtype)
     optimizer = make_optimizer(raw, cfg.optimizer, cfg.learning_rate, cfg.weight_decay, muon_lr=cfg.muon_lr)
     scaler = torch.amp.GradScaler(ctx.device.type, enabled=dtype == torch.float16)
     saver = checkpoint.Saver(cfg, ctx, raw, optimizer, scaler, tokenizer, STAGE)
@@ -129,19 +129,19 @@ def main(cfg):
 
     while True:
         # [shared:evaluate_and_save]
-        last = at.step >= max_steps or ctx.stop_requested()
+        last, stop = at.step >= max_steps, ctx.stop_requested()           # asked to stop: save at once, evaluate another time
         if (at.step % cfg.eval_every == 0 or last) and at.evaluated != at.step:
             metrics = evaluate()
             log(at.step, metrics)
             at.judge(metrics["val/loss"], counts=at.step % cfg.eval_every == 0)
         if 0 < cfg.patience <= at.stale and not last:
             log.event(at.step, f"early stop: val/loss {at.best:.4g} has not been beaten in {at.stale} evaluations ({cfg.out_dir}/best holds it)")
-            last = True
-        if saver.due(at, last):
+            stop = True
+        if saver.due(at, last or stop):
             guard.read(at)
             at.seconds = log.seconds()
             saver.save(at)
-        if last:
+        if last or stop:
             break
         # [/shared]
         # [shared:learning_rate]

@@ -66,8 +66,8 @@ def unknown(key, fields, where):
     return UserError(f"{where}: unknown option {key!r}; {hint}")
 
 
-def read_toml(path, fields):
-    """A flat TOML file as a dict; every key must be a field."""
+def read_toml(path, fields, strict=True):
+    """A flat TOML file as a dict; every key must be a field. strict=False leaves the other keys out and names them."""
     try:
         with open(path, "rb") as f:
             table = tomllib.load(f)
@@ -75,10 +75,12 @@ def read_toml(path, fields):
         raise UserError(f"--config: {path} does not exist; the presets are under configs/") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as e:
         raise UserError(f"--config: {path} is not a TOML file: {e}") from None
-    for key in table:
-        if key not in fields:
-            raise unknown(key, fields, path)
-    return table
+    others = [key for key in table if key not in fields]
+    if others and strict:
+        raise unknown(others[0], fields, path)
+    if others:
+        print(f"note: {path}: {', '.join(others)} play no part here", flush=True)
+    return {key: value for key, value in table.items() if key in fields}
 
 
 def parse(cls, argv):
@@ -86,10 +88,15 @@ def parse(cls, argv):
 
     Accepts --key value, --key=value, several values for a list field, and --flag / --no_flag / --flag=false
     for booleans. Raises UserError for an unknown key, a missing or malformed value.
+
+    cls.first names the option that words in front of all others belong to (`python -m nanollm.plot OUT OUT`);
+    cls.any_preset = True reads another program's preset and takes from it what it knows.
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}
     defaults = {name: getattr(cls(), name) for name in fields}
     given = {}                                           # key -> raw string(s) from the command line
+    if argv and not argv[0].startswith("-") and hasattr(cls, "first"):
+        argv = [f"--{cls.first}", *argv]
     i = 0
     while i < len(argv):
         word = argv[i]
@@ -117,7 +124,7 @@ def parse(cls, argv):
     merged = dict(defaults)
     if "config" in given:
         path = given.pop("config")
-        merged |= {k: convert(k, v, defaults[k], path) for k, v in read_toml(path, fields).items()}
+        merged |= {k: convert(k, v, defaults[k], path) for k, v in read_toml(path, fields, not getattr(cls, "any_preset", False)).items()}
     merged |= {k: convert(k, v, defaults[k], "command line") for k, v in given.items()}
     for key, value in merged.items():
         least = fields[key].metadata.get("least", 0)
