@@ -159,6 +159,6 @@ class Guard:
             at.in_a_row = 0 if math.isfinite(norm) else at.in_a_row + 1
             if at.in_a_row:
                 at.skipped += 1
-                self.log.event(step, f"loss or gradient is not finite: update left out ({at.in_a_row} in a row)", rows=self.sampler.rows(step).tolist())
+                self.log.event(step + 1, f"loss or gradient is not finite: update left out ({at.in_a_row} in a row)", rows=self.sampler.rows(step).tolist())
         self.norms.clear()
         return at.in_a_row >= self.limit
