@@ -100,7 +100,8 @@ def save(run_dir, step, model, tokenizer, stage, config, training=None, keep=2, 
     for old in whole:
         if old not in kept and not meta_of(old).get("milestone"):
             gone = run_dir / f"{ASIDE}{old.name}"             # a kill in the middle of removing must not leave half a checkpoint
-            os.replace(old, gone)
+            shutil.rmtree(gone, ignore_errors=True)
+            old.rename(gone)
             shutil.rmtree(gone, ignore_errors=True)
     return final
 
@@ -289,7 +290,7 @@ class Saver:
             raise UserError(f"the ranks do not see the same checkpoints in --out_dir {cfg.out_dir}: put it on a disk that all machines share")
         if not which and found:
             raise UserError(f"--out_dir {cfg.out_dir} already holds a run; add --resume auto to go on, or choose another directory")
-        if which == "auto":
+        if which:
             for aside in self.out_dir.glob(ASIDE + "*") if ctx.main else []:
                 shutil.rmtree(aside, ignore_errors=True)                                 # the half-written one of a killed process
         if not which or which == "auto" and not found:
