@@ -91,8 +91,9 @@ def save(run_dir, step, model, tokenizer, stage, config, training=None, keep=2, 
     except (OSError, RuntimeError) as e:                      # torch.save reports a full disk as RuntimeError
         if aside:
             shutil.rmtree(aside, ignore_errors=True)
-        if isinstance(e, RuntimeError) and "write" not in str(e).lower() and "file" not in str(e).lower():
+        if isinstance(e, RuntimeError) and not any(word in str(e).lower() for word in ("write", "file", "inline_container")):
             raise
+        e = "the disk is full" if "unexpected pos" in str(e) else e                     # all that torch's zip writer has to say
         raise UserError(f"could not write the checkpoint {final}: {e}; free some disk space or change --out_dir, "
                         f"then go on with --resume auto") from None
     whole = sorted(p for p in run_dir.glob(PREFIX + "*") if is_whole(p))
