@@ -27,6 +27,7 @@ class Config:
     repetition_penalty: float = arg(1.05, "above 1 makes tokens already in the context less likely; 1 = off")
     max_new_tokens: int = arg(256, "longest answer", unit="tokens")
     seed: int = arg(0, "of the sampling; the same seed and messages give the same answers")
+    variants: list = arg([], "architecture options to put on the model; sliding_window: answers may outgrow the context")
     device: str = arg("auto", "auto, cpu, cuda, cuda:N, mps")
 
 
@@ -92,7 +93,7 @@ def main(cfg):
                      ("repetition_penalty", cfg.repetition_penalty > 0), ("max_new_tokens", cfg.max_new_tokens > 0)):
         if not ok:
             raise UserError(f"--{name} {getattr(cfg, name)} makes no sense; see --help for the range")
-    model, tok, meta = checkpoint.load(cfg.init_from, dist.choose_device(cfg.device), "lm")
+    model, tok, meta = checkpoint.load(cfg.init_from, dist.choose_device(cfg.device), "lm", cfg.variants)
     chat = Chat(model, tok, cfg, completion=meta["stage"] == "pretrain")
     if chat.completion:
         print("note: this checkpoint is only pretrained: it continues text and answers no questions; "

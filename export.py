@@ -16,7 +16,7 @@ import torch
 from nanollm import checkpoint, config, foreign_tokenizers, hf, peft
 from nanollm import tokenizer as tokenizers
 from nanollm.config import UserError, arg
-from nanollm.model import Transformer
+from nanollm.variants import build
 
 
 @dataclass
@@ -45,10 +45,12 @@ def to_hf(cfg):
     """Write config.json, generation_config.json, model.safetensors and the tokenizer's files under --out."""
     safetensors, out = hf.safetensors(), Path(cfg.out)          # a missing extra is reported before anything is done
     model, tok, meta = checkpoint.load(cfg.init_from, expect="lm")
+    if model.args.variants:
+        raise UserError(f"{cfg.init_from} has {' '.join(model.args.variants)} (--variants), which the LLaMA layout cannot hold; chat.py runs it")
     if cfg.adapter:                                             # load() has merged it: take the file as it was trained
         if not meta["lora"]:
             raise UserError(f"--adapter: {cfg.init_from} was trained without LoRA; leave the option out")
-        model = Transformer(model.args)
+        model = build(model.args)
         peft.inject_lora(model, **meta["lora"])
         model.load_state_dict(checkpoint.read(checkpoint.find(cfg.init_from), "model.pt"))
         hf.save_adapter(model, out)
@@ -95,7 +97,7 @@ def from_hf(cfg):
         for key in {"tok_embeddings.weight", "output.weight"} & state.keys():    # as the mean row: no token stands out
             state[key] = torch.cat((state[key], state[key].mean(0, keepdim=True).expand(extra, -1)))
         print(f"{extra} control tokens are new to this model; train before you chat")
-    model = Transformer(args)
+    model = build(args)
     try:
         model.load_state_dict(state)
     except RuntimeError as e:

@@ -17,12 +17,14 @@ import torch
 
 from nanollm import checkpoint, curriculum, dist, evaluation
 from nanollm.config import UserError, arg, run
-from nanollm.data import Joined, TokenFile, tokenizer_of
+from nanollm.data import Ahead, Joined, TokenFile, tokenizer_of
 from nanollm.log import Logger
-from nanollm.losses import IGNORE_INDEX, cross_entropy
-from nanollm.model import ModelArgs, Transformer, flops_per_token, parameter_count
-from nanollm.optim import get_lr, make_optimizer
-from nanollm.sampler import Curriculum, Mixture, Sampler, permute, read_phases, sources_of
+from nanollm.losses import IGNORE_INDEX, linear_cross_entropy
+from nanollm.mixture import read_phases, sources_of
+from nanollm.model import ModelArgs, flops_per_token, parameter_count
+from nanollm.optim import Guard, get_lr, make_optimizer, update
+from nanollm.sampler import Sampler, permute
+from nanollm.variants import add_balance, build
 
 
 @dataclass
@@ -54,6 +56,7 @@ class Config:
     dropout: float = arg(0.0, "0 for one pass over the data; 0.1 when epochs repeat")
     tie_embeddings: bool = arg(True, "one matrix for input and output; saves vocab_size * dim parameters")
     attention: str = arg("sdpa", "sdpa: PyTorch's kernel; naive: softmax(QK^T/sqrt(d))V spelled out")
+    variants: list = arg([], "architecture options by name, as in docs/variants.md: qk_norm moe:n_experts=8,top_k=2")
     # the run
     max_steps: int = arg(0, "length of the run and of the schedule; 0 = --epochs says it", unit="updates")
     epochs: float = arg(1.0, "passes over the data, unless --max_steps is given")
@@ -64,24 +67,34 @@ class Config:
     min_lr: float = arg(1e-4, "floor of the schedule, a tenth of the peak")
     muon_lr: float = arg(0.02, "peak rate of the Muon group")
     warmup_steps: int = arg(50, "linear warmup from 0; 5 % of the run", unit="updates")
-    schedule: str = arg("cosine", "cosine, wsd (hold, then decay) or constant")
+    schedule: str = arg("cosine", "cosine, wsd (hold, then decay), linear or constant")
+    decay_factor: float = arg(1.0, "length of the decay as a factor of the run: 0.8 ends early at min_lr, 1.25 never gets there")
     weight_decay: float = arg(0.1, "on matrices and embeddings, never on norms")
     grad_clip: float = arg(1.0, "largest L2 norm of the gradient; 0 = off")
     dtype: str = arg("auto", "auto: bf16 where native, else fp16 with GradScaler, else fp32")
     device: str = arg("auto", "auto, cpu, cuda, cuda:N, mps")
+    parallel: str = arg("ddp", "several ranks: ddp (each holds all), fsdp (each holds a part), none (refuse)")
+    tp: int = arg(1, "tensor parallelism: so many ranks share each matrix", least=1)
+    activation_checkpointing: bool = arg(False, "keep only the blocks' inputs and compute the rest again: less memory, a third more time")
     compile: bool = arg(False, "torch.compile; falls back with one line if there is no compiler")
     seed: int = arg(0, "initial weights and data order")
     eval_every: int = arg(100, "validation loss and greedy samples", unit="updates", least=1)
     eval_batches: int = arg(20, "validation batches; 0 = the whole split")
     save_every: int = arg(500, "checkpoints", unit="updates", least=1)
     log_every: int = arg(10, "console and metrics.jsonl", unit="updates", least=1)
-    keep: int = arg(2, "newest checkpoints to keep; 0 = all")
+    keep: int = arg(2, "newest checkpoints to keep, beside the best; 0 = all")
+    milestones: list = arg([], "updates whose checkpoints stay for good: 0 1 2 4 8 …")
+    patience: int = arg(0, "stop after so many evaluations without a better val/loss; 0 = never")
+    rollback: int = arg(0, "after 20 non-finite updates in a row go back so many and on at --rollback_lr; 0 = stop", unit="updates")
+    rollback_lr: float = arg(0.1, "factor of the rate after a rollback, until it is as far behind")
+    tensorboard: bool = arg(False, "also write OUT/tensorboard (extra: tensorboard)")
     sample_prompts: list = arg([], "texts to complete greedily at each evaluation; none = openings of validation documents")
 
 
 def pretrain_loss(model, inputs, targets, segments):
     """Cross-entropy of every next token, in nats: (sum, count, metrics). Untrained it is ln(vocab_size) a token."""
-    return cross_entropy(model(inputs, segments), targets)
+    loss = model(inputs, segments, head=lambda h, output: linear_cross_entropy(h, output.weight, targets))
+    return add_balance(model, *loss)                         # for a mixture of experts: that all are used
 
 
 @torch.no_grad()
@@ -93,8 +106,8 @@ def validate(model, val, ctx, autocast, cfg):
     order = permute(range(len(val)), len(val), key=0)        # the first --eval_batches must be a fair sample of the split
     batches = [order[i : i + cfg.batch_size] for i in range(0, len(val), cfg.batch_size)]
     model.eval()
-    for batch in batches[: cfg.eval_batches or None][ctx.rank :: ctx.world_size]:
-        inputs, targets, segments = (t if t is None else t.to(ctx.device) for t in val.batch(batch))
+    for batch in ctx.share(batches[: cfg.eval_batches or None]):
+        inputs, targets, segments = ctx.to(val.batch(batch))
         with autocast():
             loss, count, _ = pretrain_loss(model, inputs, targets, segments)
         total += torch.stack([loss, count])
@@ -108,40 +121,24 @@ def make_model(cfg, tokenizer):
     """A fresh Transformer from the flags, or the one in --init_from."""
     fields = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(ModelArgs)}
     if cfg.init_from:
-        raw, _, meta = checkpoint.load(cfg.init_from, expect="lm")
+        raw, _, meta = checkpoint.load(cfg.init_from, expect="lm", variants=cfg.variants)
         if meta["tokenizer_hash"] != tokenizer.hash:
             raise UserError(f"--init_from {cfg.init_from} was trained with another tokenizer than {cfg.data}; tokenize with the model's")
         for name, value in fields.items():
-            if value != getattr(Config(), name) and value != meta["model"][name]:
-                raise UserError(f"--{name} {value}: the shape comes from --init_from, where it is {meta['model'][name]}; leave it out")
+            if name != "variants" and value != getattr(Config(), name) and value != getattr(raw.args, name):
+                raise UserError(f"--{name} {value}: the shape comes from --init_from, where it is {getattr(raw.args, name)}; leave it out")
         return raw
     if cfg.vocab_size and cfg.vocab_size < tokenizer.vocab_size:
         raise UserError(f"--vocab_size {cfg.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}; leave it out")
     try:
-        return Transformer(ModelArgs(**{**fields, "vocab_size": cfg.vocab_size or tokenizer.vocab_size}))
+        return build(ModelArgs(**{**fields, "vocab_size": cfg.vocab_size or tokenizer.vocab_size}))
     except ValueError as e:
         raise UserError(str(e)) from None
 
 
-def sample_order(cfg, train, sampler, max_steps, phases, step):
-    """Which row each sample of the run is: the sampler's own shuffle, or what --mix, --phases or --curriculum ask for."""
-    total = sampler.total or max_steps * sampler.rows_per_step
-    if phases:
-        order = Mixture([len(part) for part in train.parts], phases, total, cfg.seed)
-        print("\n".join(order.report(sampler.rows_per_step, bool(cfg.init_from))), flush=True)
-        return order
-    if not cfg.curriculum:
-        return sampler.order
-    if not (0 < cfg.competence_start <= 1 and 0 < cfg.competence_end <= 1 and cfg.competence in ("sqrt", "linear")):
-        raise UserError("--competence is sqrt or linear, and --competence_start and --competence_end lie in (0, 1]")
-    later = curriculum.load_order(curriculum.switch_path(cfg), train.parts[0]) if 0 < cfg.curriculum_switch < step else None
-    return Curriculum(curriculum.order_of(train.parts[0], cfg.curriculum), cfg.seed, total, cfg.competence_start, cfg.competence_end,
-                      cfg.competence, cfg.curriculum_switch * sampler.rows_per_step, later)
-
-
 def main(cfg):
     # [shared:setup]
-    ctx = dist.init(cfg.device)
+    ctx = dist.init(cfg.device, cfg.parallel, cfg.tp)
     dtype = dist.choose_dtype(cfg.dtype, ctx.device)
     autocast = lambda: dist.autocast(ctx.device, dtype)
     torch.manual_seed(cfg.seed + ctx.rank)                   # ranks draw different dropout masks
@@ -162,14 +159,16 @@ def main(cfg):
     max_steps = sampler.steps(cfg.max_steps)
     if cfg.warmup_steps >= max_steps:
         print(f"note: these {max_steps} updates end inside the warmup of {cfg.warmup_steps}; lower --warmup_steps", flush=True)
+    raw.checkpointing = cfg.activation_checkpointing
+    model = dist.wrap(raw, ctx, cfg.compile, dtype)
     optimizer = make_optimizer(raw, cfg.optimizer, cfg.learning_rate, cfg.weight_decay, muon_lr=cfg.muon_lr)
     scaler = torch.amp.GradScaler(ctx.device.type, enabled=dtype == torch.float16)
-    step, counters = checkpoint.resume(cfg.out_dir, cfg.resume, ctx, raw, optimizer, scaler, cfg, tokenizer)
-    tokens, start, skipped = counters.get("tokens", 0), step, 0
-    model = dist.DDP(dist.compiled(raw, cfg.compile), ctx).train()
-    log = Logger(cfg.out_dir, ctx.main, step, max_steps, tokens)
+    saver = checkpoint.Saver(cfg, ctx, raw, optimizer, scaler, tokenizer, STAGE)
+    at = saver.resume()                                      # where the run stands: at.step, at.tokens, …
+    log = Logger(cfg.out_dir, ctx.main, at, max_steps, cfg.tensorboard)
+    guard = Guard(ctx, log, sampler, cfg.log_every)
     # [/shared]
-    sampler.order = sample_order(cfg, train, sampler, max_steps, phases, step)
+    sampler.order = curriculum.sample_order(cfg, train, sampler, max_steps, phases, at.step)
     parts = ", ".join(f"{name} {n:,}" for name, n in parameter_count(raw).items())
     print(f"parameters: {parts}\n{flops_per_token(raw, T) / 1e6:.1f} MFLOP a token | {dtype} on {ctx.device}, "
           f"{ctx.world_size} rank(s)\n{len(train):,} rows of {T} | {sampler.rows_per_step * T:,} tokens an update "
@@ -181,55 +180,58 @@ def main(cfg):
     def evaluate():
         return validate(model, val, ctx, autocast, cfg) | {"samples": evaluation.sample_prompts(raw, tokenizer, prompts, STAGE)}
 
+    fetch = Ahead(lambda step: [train.batch(rows) for rows in sampler.micro_batches(step)], ctx)
+
     while True:
         # [shared:evaluate_and_save]
-        last = step >= max_steps or ctx.stop_requested()
-        if step % cfg.eval_every == 0 or last:
-            log(step, evaluate())
-        if step > start and (step % cfg.save_every == 0 or last):
-            state = checkpoint.training_state(ctx, optimizer, scaler, tokens=tokens)
-            if ctx.main:
-                checkpoint.save(cfg.out_dir, step, raw, tokenizer, STAGE, cfg, state, cfg.keep)
-            ctx.barrier()
-        if last:
+        last, stop = at.step >= max_steps, ctx.stop_requested()           # asked to stop: save at once, evaluate another time
+        if (at.step % cfg.eval_every == 0 or last) and at.evaluated != at.step:
+            metrics = evaluate()
+            log(at.step, metrics)
+            at.judge(metrics["val/loss"], counts=at.step % cfg.eval_every == 0)
+        if 0 < cfg.patience <= at.stale and not last:
+            log.event(at.step, f"early stop: val/loss {at.best:.4g} has not been beaten in {at.stale} evaluations ({cfg.out_dir}/best holds it)")
+            stop = True
+        if saver.due(at, last or stop):
+            guard.read(at)
+            at.seconds = log.seconds()
+            saver.save(at)
+        if last or stop:
             break
         # [/shared]
         # [shared:learning_rate]
-        lr = get_lr(step + 1, cfg.learning_rate, cfg.min_lr, cfg.warmup_steps, max_steps, cfg.schedule)
+        lr = get_lr(at.step - at.skipped + 1, cfg.learning_rate, cfg.min_lr, cfg.warmup_steps, round(cfg.decay_factor * max_steps), cfg.schedule)
+        lr *= cfg.rollback_lr if at.step < at.slow_until else 1
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         # [/shared]
-        if step and step == cfg.curriculum_switch:
-            sampler.order.later = curriculum.reorder(raw, train.parts[0], ctx, autocast, cfg, step)
-        batches = [train.batch(rows) for rows in sampler.micro_batches(step)]
+        if at.step and at.step == cfg.curriculum_switch:
+            sampler.order.later = curriculum.reorder(raw, train.parts[0], ctx, autocast, cfg, at.step)
+            fetch.futures.clear()                            # read ahead in the old order
+        batches = fetch(at.step)
         count = ctx.sum(sum((targets != IGNORE_INDEX).sum() for _, targets, _ in batches))
-        tokens += int(count)
-        loss = torch.zeros((), device=ctx.device)
+        at.tokens += int(count)
+        loss, metrics = torch.zeros((), device=ctx.device), {}
         for micro_step, batch in enumerate(batches):
             model.sync = micro_step == len(batches) - 1      # gradients travel once an update, with the last micro-batch
             with autocast():
-                loss_sum, _, _ = pretrain_loss(model, *(t if t is None else t.to(ctx.device) for t in batch))
+                loss_sum, _, m = pretrain_loss(model, *ctx.to(batch))
             scaler.scale(loss_sum / count * ctx.world_size).backward()     # * world_size: DDP averages over ranks
             loss += loss_sum.detach()
-        metrics = {}                                         # the loss says it all; preference stages count more
+            metrics = {k: metrics.get(k, 0) + v for k, v in m.items()}
         # [shared:update]
         model.wait()                                         # the averaged gradients are in place, on every rank the same
-        scaler.unscale_(optimizer)                           # clip the true gradient, not the scaled one
-        grad_norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.grad_clip or float("inf"))
-        if torch.isfinite(grad_norm):
-            scaler.step(optimizer)
-            skipped = 0
-        else:                                                # an overflow (fp16) or a broken batch: leave the weights alone
-            skipped += 1
-            print(f"step {step}: the gradient is not finite, update skipped ({skipped} in a row)", flush=True)
-            if skipped == 20:
-                raise UserError("20 updates in a row had a non-finite gradient; lower --learning_rate or look at the data")
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        if step % cfg.log_every == 0 or step == max_steps:
-            means = {f"train/{k}": float(ctx.sum(v) / count) for k, v in {"loss": loss, **metrics}.items()}
-            log(step, {**means, "lr": lr, "grad_norm": float(grad_norm), "tokens": tokens, "tokens_per_s": log.tokens_per_s(tokens)})
+        loss = ctx.sum(loss)
+        grad_norm = update(raw, optimizer, scaler, cfg.grad_clip, loss)        # unscale, clip, step; left out if not finite
+        model.zero_grad()
+        at.step += 1
+        log.live(at)
+        if guard(at, grad_norm):
+            at = saver.roll_back(at, log)                    # or give up with advice
+            continue
+        if at.step % cfg.log_every == 0 or at.step == max_steps:
+            means = {f"train/{k}": float(v / count) for k, v in {"loss": loss, **{k: ctx.sum(v) for k, v in metrics.items()}}.items()}
+            log(at.step, {**means, "lr": lr, "grad_norm": float(grad_norm), "tokens": at.tokens, "tokens_per_s": log.tokens_per_s(at.tokens)})
         # [/shared]
     dist.finish(ctx)
 

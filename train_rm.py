@@ -13,12 +13,14 @@ import torch
 
 from nanollm import checkpoint, dist
 from nanollm.config import UserError, arg, run
-from nanollm.data import PreferenceRows
+from nanollm.data import Ahead, PreferenceRows
 from nanollm.log import Logger
 from nanollm.losses import reward_loss
-from nanollm.model import RewardModel, parameter_count
-from nanollm.optim import get_lr, make_optimizer
+from nanollm.mixture import ByLength
+from nanollm.model import parameter_count
+from nanollm.optim import Guard, get_lr, make_optimizer, update
 from nanollm.sampler import Sampler
+from nanollm.variants import build
 
 
 @dataclass
@@ -42,17 +44,26 @@ class Config:
     min_lr: float = arg(1e-5, "floor of the schedule")
     muon_lr: float = arg(0.005, "peak rate of the Muon group")
     warmup_steps: int = arg(10, "linear warmup from 0", unit="updates")
-    schedule: str = arg("cosine", "cosine, wsd (hold, then decay) or constant")
+    schedule: str = arg("cosine", "cosine, wsd (hold, then decay), linear or constant")
+    decay_factor: float = arg(1.0, "length of the decay as a factor of the run: 0.8 ends early at min_lr, 1.25 never gets there")
     weight_decay: float = arg(0.1, "on matrices and embeddings, never on norms")
     grad_clip: float = arg(1.0, "largest L2 norm of the gradient; 0 = off")
     dtype: str = arg("auto", "auto: bf16 where native, else fp16 with GradScaler, else fp32")
     device: str = arg("auto", "auto, cpu, cuda, cuda:N, mps")
+    parallel: str = arg("ddp", "several ranks: ddp (each holds all), fsdp (each holds a part), none (refuse)")
+    tp: int = arg(1, "tensor parallelism: so many ranks share each matrix", least=1)
+    activation_checkpointing: bool = arg(False, "keep only the blocks' inputs and compute the rest again: less memory, a third more time")
     compile: bool = arg(False, "torch.compile; falls back with one line if there is no compiler")
     seed: int = arg(0, "data order")
     eval_every: int = arg(100, "validation", unit="updates", least=1)
     save_every: int = arg(500, "checkpoints", unit="updates", least=1)
     log_every: int = arg(10, "console and metrics.jsonl", unit="updates", least=1)
-    keep: int = arg(2, "newest checkpoints to keep; 0 = all")
+    keep: int = arg(2, "newest checkpoints to keep, beside the best; 0 = all")
+    milestones: list = arg([], "updates whose checkpoints stay for good: 0 1 2 4 8 …")
+    patience: int = arg(0, "stop after so many evaluations without a better val/loss; 0 = never")
+    rollback: int = arg(0, "after 20 non-finite updates in a row go back so many and on at --rollback_lr; 0 = stop", unit="updates")
+    rollback_lr: float = arg(0.1, "factor of the rate after a rollback, until it is as far behind")
+    tensorboard: bool = arg(False, "also write OUT/tensorboard (extra: tensorboard)")
     max_bad: float = arg(0.1, "largest share of unusable rows before the run refuses to start")
 
 
@@ -66,8 +77,8 @@ def validate(model, val, ctx, autocast, cfg):
     """Loss, accuracy (strict: a tie is a miss), mean scores, and what always preferring the longer answer would score."""
     total, sums = torch.zeros(2, device=ctx.device), {}
     batches = [range(i, min(i + cfg.batch_size, len(val))) for i in range(0, len(val), cfg.batch_size)]
-    for batch in batches[ctx.rank :: ctx.world_size] or [[]]:               # a rank without a batch joins the sums with zeros
-        ids, lengths = (t.to(ctx.device) for t in val.scored_batch(batch))
+    for batch in ctx.share(batches):
+        ids, lengths = ctx.to(val.scored_batch(batch))
         with autocast():
             loss, count, metrics = pair_loss(model, ids, lengths, cfg.center)
         chosen, rejected = lengths.chunk(2)
@@ -80,7 +91,7 @@ def validate(model, val, ctx, autocast, cfg):
 
 def main(cfg):
     # [shared:setup]
-    ctx = dist.init(cfg.device)
+    ctx = dist.init(cfg.device, cfg.parallel, cfg.tp)
     dtype = dist.choose_dtype(cfg.dtype, ctx.device)
     autocast = lambda: dist.autocast(ctx.device, dtype)
     torch.manual_seed(cfg.seed + ctx.rank)                   # ranks draw different dropout masks
@@ -89,7 +100,7 @@ def main(cfg):
     T = cfg.max_seq_len or lm.args.max_seq_len
     if T > lm.args.max_seq_len:
         raise UserError(f"--max_seq_len {T} is longer than the model's context of {lm.args.max_seq_len}")
-    raw = RewardModel(lm.args).to(ctx.device)
+    raw = build(lm.args, "reward").to(ctx.device)
     raw.backbone.load_state_dict({k: v for k, v in lm.state_dict().items() if k != "output.weight"})
     train, val = PreferenceRows.load(cfg, tokenizer, T)
 
@@ -99,13 +110,16 @@ def main(cfg):
     max_steps = sampler.steps(cfg.max_steps)
     if cfg.warmup_steps >= max_steps:
         print(f"note: these {max_steps} updates end inside the warmup of {cfg.warmup_steps}; lower --warmup_steps", flush=True)
+    raw.checkpointing = cfg.activation_checkpointing
+    model = dist.wrap(raw, ctx, cfg.compile, dtype)
     optimizer = make_optimizer(raw, cfg.optimizer, cfg.learning_rate, cfg.weight_decay, muon_lr=cfg.muon_lr)
     scaler = torch.amp.GradScaler(ctx.device.type, enabled=dtype == torch.float16)
-    step, counters = checkpoint.resume(cfg.out_dir, cfg.resume, ctx, raw, optimizer, scaler, cfg, tokenizer)
-    tokens, start, skipped = counters.get("tokens", 0), step, 0
-    model = dist.DDP(dist.compiled(raw, cfg.compile), ctx).train()
-    log = Logger(cfg.out_dir, ctx.main, step, max_steps, tokens)
+    saver = checkpoint.Saver(cfg, ctx, raw, optimizer, scaler, tokenizer, STAGE)
+    at = saver.resume()                                      # where the run stands: at.step, at.tokens, …
+    log = Logger(cfg.out_dir, ctx.main, at, max_steps, cfg.tensorboard)
+    guard = Guard(ctx, log, sampler, cfg.log_every)
     # [/shared]
+    sampler.order = ByLength(sampler, train.lengths(), cfg.seed)          # half of a batch of chance neighbours is padding
     model.eval()                                             # dropout off: both answers are judged by the same network
     print(f"{parameter_count(raw)['total']:,} parameters | {dtype} on {ctx.device}, {ctx.world_size} rank(s)\n"
           f"{len(train):,} pairs | {sampler.rows_per_step} pairs an update | {max_steps} updates", flush=True)
@@ -113,53 +127,55 @@ def main(cfg):
     def evaluate():
         return validate(model, val, ctx, autocast, cfg)
 
+    fetch = Ahead(lambda step: [train.scored_batch(rows) for rows in sampler.micro_batches(step)], ctx)
+
     while True:
         # [shared:evaluate_and_save]
-        last = step >= max_steps or ctx.stop_requested()
-        if step % cfg.eval_every == 0 or last:
-            log(step, evaluate())
-        if step > start and (step % cfg.save_every == 0 or last):
-            state = checkpoint.training_state(ctx, optimizer, scaler, tokens=tokens)
-            if ctx.main:
-                checkpoint.save(cfg.out_dir, step, raw, tokenizer, STAGE, cfg, state, cfg.keep)
-            ctx.barrier()
-        if last:
+        last, stop = at.step >= max_steps, ctx.stop_requested()           # asked to stop: save at once, evaluate another time
+        if (at.step % cfg.eval_every == 0 or last) and at.evaluated != at.step:
+            metrics = evaluate()
+            log(at.step, metrics)
+            at.judge(metrics["val/loss"], counts=at.step % cfg.eval_every == 0)
+        if 0 < cfg.patience <= at.stale and not last:
+            log.event(at.step, f"early stop: val/loss {at.best:.4g} has not been beaten in {at.stale} evaluations ({cfg.out_dir}/best holds it)")
+            stop = True
+        if saver.due(at, last or stop):
+            guard.read(at)
+            at.seconds = log.seconds()
+            saver.save(at)
+        if last or stop:
             break
         # [/shared]
         # [shared:learning_rate]
-        lr = get_lr(step + 1, cfg.learning_rate, cfg.min_lr, cfg.warmup_steps, max_steps, cfg.schedule)
+        lr = get_lr(at.step - at.skipped + 1, cfg.learning_rate, cfg.min_lr, cfg.warmup_steps, round(cfg.decay_factor * max_steps), cfg.schedule)
+        lr *= cfg.rollback_lr if at.step < at.slow_until else 1
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         # [/shared]
-        batches = [train.scored_batch(rows) for rows in sampler.micro_batches(step)]
+        batches = fetch(at.step)
         count = ctx.sum(sum((lengths > 0).sum() for _, lengths in batches) // 2)            # pairs on all ranks
-        tokens += int(ctx.sum(sum(lengths.sum() for _, lengths in batches)))
+        at.tokens += int(ctx.sum(sum(lengths.sum() for _, lengths in batches)))
         loss, metrics = torch.zeros((), device=ctx.device), {}
         for micro_step, batch in enumerate(batches):
             model.sync = micro_step == len(batches) - 1      # gradients travel once an update, with the last micro-batch
             with autocast():
-                loss_sum, _, m = pair_loss(model, *(t.to(ctx.device) for t in batch), cfg.center)
+                loss_sum, _, m = pair_loss(model, *ctx.to(batch), cfg.center)
             scaler.scale(loss_sum / count * ctx.world_size).backward()     # * world_size: DDP averages over ranks
             loss += loss_sum.detach()
             metrics = {k: metrics.get(k, 0) + v for k, v in m.items()}
         # [shared:update]
         model.wait()                                         # the averaged gradients are in place, on every rank the same
-        scaler.unscale_(optimizer)                           # clip the true gradient, not the scaled one
-        grad_norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.grad_clip or float("inf"))
-        if torch.isfinite(grad_norm):
-            scaler.step(optimizer)
-            skipped = 0
-        else:                                                # an overflow (fp16) or a broken batch: leave the weights alone
-            skipped += 1
-            print(f"step {step}: the gradient is not finite, update skipped ({skipped} in a row)", flush=True)
-            if skipped == 20:
-                raise UserError("20 updates in a row had a non-finite gradient; lower --learning_rate or look at the data")
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        if step % cfg.log_every == 0 or step == max_steps:
-            means = {f"train/{k}": float(ctx.sum(v) / count) for k, v in {"loss": loss, **metrics}.items()}
-            log(step, {**means, "lr": lr, "grad_norm": float(grad_norm), "tokens": tokens, "tokens_per_s": log.tokens_per_s(tokens)})
+        loss = ctx.sum(loss)
+        grad_norm = update(raw, optimizer, scaler, cfg.grad_clip, loss)        # unscale, clip, step; left out if not finite
+        model.zero_grad()
+        at.step += 1
+        log.live(at)
+        if guard(at, grad_norm):
+            at = saver.roll_back(at, log)                    # or give up with advice
+            continue
+        if at.step % cfg.log_every == 0 or at.step == max_steps:
+            means = {f"train/{k}": float(v / count) for k, v in {"loss": loss, **{k: ctx.sum(v) for k, v in metrics.items()}}.items()}
+            log(at.step, {**means, "lr": lr, "grad_norm": float(grad_norm), "tokens": at.tokens, "tokens_per_s": log.tokens_per_s(at.tokens)})
         # [/shared]
     dist.finish(ctx)
 

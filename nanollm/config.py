@@ -66,8 +66,8 @@ def unknown(key, fields, where):
     return UserError(f"{where}: unknown option {key!r}; {hint}")
 
 
-def read_toml(path, fields):
-    """A flat TOML file as a dict; every key must be a field."""
+def read_toml(path, fields, strict=True):
+    """A flat TOML file as a dict; every key must be a field. strict=False leaves the other keys out and names them."""
     try:
         with open(path, "rb") as f:
             table = tomllib.load(f)
@@ -75,10 +75,12 @@ def read_toml(path, fields):
         raise UserError(f"--config: {path} does not exist; the presets are under configs/") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as e:
         raise UserError(f"--config: {path} is not a TOML file: {e}") from None
-    for key in table:
-        if key not in fields:
-            raise unknown(key, fields, path)
-    return table
+    others = [key for key in table if key not in fields]
+    if others and strict:
+        raise unknown(others[0], fields, path)
+    if others:
+        print(f"note: {path}: {', '.join(others)} play no part here", flush=True)
+    return {key: value for key, value in table.items() if key in fields}
 
 
 def parse(cls, argv):
@@ -86,10 +88,15 @@ def parse(cls, argv):
 
     Accepts --key value, --key=value, several values for a list field, and --flag / --no_flag / --flag=false
     for booleans. Raises UserError for an unknown key, a missing or malformed value.
+
+    cls.first names the option that words in front of all others belong to (`python -m nanollm.plot OUT OUT`);
+    cls.any_preset = True reads another program's preset and takes from it what it knows.
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}
     defaults = {name: getattr(cls(), name) for name in fields}
     given = {}                                           # key -> raw string(s) from the command line
+    if argv and not argv[0].startswith("-") and hasattr(cls, "first"):
+        argv = [f"--{cls.first}", *argv]
     i = 0
     while i < len(argv):
         word = argv[i]
@@ -117,7 +124,7 @@ def parse(cls, argv):
     merged = dict(defaults)
     if "config" in given:
         path = given.pop("config")
-        merged |= {k: convert(k, v, defaults[k], path) for k, v in read_toml(path, fields).items()}
+        merged |= {k: convert(k, v, defaults[k], path) for k, v in read_toml(path, fields, not getattr(cls, "any_preset", False)).items()}
     merged |= {k: convert(k, v, defaults[k], "command line") for k, v in given.items()}
     for key, value in merged.items():
         least = fields[key].metadata.get("least", 0)
@@ -136,6 +143,21 @@ def help_text(cls, doc):
     return "\n".join(lines)
 
 
+def unanswered(error):
+    """One sentence for a RuntimeError that a collective raised (gloo, NCCL, the meeting at master_addr); None for any other."""
+    text = str(error).splitlines()[0] if str(error) else ""
+    if not type(error).__name__.startswith("Dist") and not any(word in text for word in ("gloo", "Gloo", "NCCL", "ProcessGroup")):
+        return None
+    if "losed" in text or "reset" in text:
+        cause = "it has ended; its own message stands above, and if there is none, the system may have killed it for memory"
+    elif "connect" in text:
+        cause = "the first machine is not reachable: --master_addr and --master_port, a firewall, fewer launchers started than --nnodes says"
+    else:
+        cause = ("it hangs or died on a machine that is gone, has more work than this one (swap, a slow disk), or a firewall or the wrong network "
+                 "interface lies between (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME); NANOLLM_TIMEOUT=SECONDS waits longer")
+    return f"process {os.environ.get('RANK', 0)} got no answer from another one: {cause}. --resume auto goes on from the last checkpoint [{text[-120:]}]"
+
+
 def run(main, cls, doc="", argv=None):
     """The last line of every script: parse, call main(cfg), and turn a UserError into one sentence and code 2."""
     argv = sys.argv[1:] if argv is None else argv
@@ -152,6 +174,11 @@ def run(main, cls, doc="", argv=None):
             raise
         print(f"error: the disk is full ({e.filename or 'writing'}); free some space and run the same command again", file=sys.stderr, flush=True)
         sys.exit(2)
+    except RuntimeError as e:
+        if not (sentence := unanswered(e)):
+            raise
+        print(f"error: {sentence}", file=sys.stderr, flush=True)      # every process: the one that could speak for all may be the dead one
+        os._exit(2)                                          # at once: leaving in good order would wait for the others again
     except UserError as e:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:    # once a machine
             print(f"error: {e}", file=sys.stderr, flush=True)

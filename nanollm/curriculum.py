@@ -8,7 +8,7 @@
     model                the perplexity of a trained model, what CLIMB goes on with
 
 Only the rank counts: epsilon = the share of the rows that are not harder (the empirical distribution function), in (0, 1].
-What a run does with the order is sampler.Curriculum.
+What a run does with the order is mixture.Curriculum.
 """
 import hashlib
 import json
@@ -20,6 +20,7 @@ import torch
 
 from nanollm.config import UserError
 from nanollm.losses import sequence_logps
+from nanollm.mixture import Curriculum, Mixture
 
 MEASURES = ("length", "unigram", "bigram", "trigram", "unigram_perplexity", "model")
 CHUNK = 2 ** 20                   # tokens looked at together
@@ -92,12 +93,11 @@ def model_difficulty(model, data, ctx, autocast, batch_size):
     over the ranks, the result on all of them."""
     loss = torch.zeros(len(data))
     model.eval()
-    for first in range(ctx.rank * batch_size, len(data), ctx.world_size * batch_size):
-        batch = np.arange(first, min(first + batch_size, len(data)))
+    for batch in ctx.share([range(i, min(i + batch_size, len(data))) for i in range(0, len(data), batch_size)]):
         inputs, targets, segments = (t if t is None else t.to(ctx.device) for t in data.batch(batch))
         with autocast():
             logps, counts = sequence_logps(model(inputs, segments), targets)
-        loss[batch] = (-logps / counts).float().cpu()
+        loss[list(batch)] = (-logps / counts).float().cpu()
     model.train()
     return ctx.sum(loss).cpu().numpy()
 
@@ -177,3 +177,19 @@ def reorder(model, data, ctx, autocast, cfg, step):
 
 def switch_path(cfg):
     return Path(cfg.out_dir) / "order-model.u32"
+
+
+def sample_order(cfg, train, sampler, max_steps, phases, step):
+    """Which row each sample of the run is: the sampler's own shuffle, or what --mix, --phases or --curriculum ask for."""
+    total = sampler.total or max_steps * sampler.rows_per_step
+    if phases:
+        order = Mixture([len(part) for part in train.parts], phases, total, cfg.seed)
+        print("\n".join(order.report(sampler.rows_per_step, bool(cfg.init_from))), flush=True)
+        return order
+    if not cfg.curriculum:
+        return sampler.order
+    if not (0 < cfg.competence_start <= 1 and 0 < cfg.competence_end <= 1 and cfg.competence in ("sqrt", "linear")):
+        raise UserError("--competence is sqrt or linear, and --competence_start and --competence_end lie in (0, 1]")
+    later = load_order(switch_path(cfg), train.parts[0]) if 0 < cfg.curriculum_switch < step else None
+    return Curriculum(order_of(train.parts[0], cfg.curriculum), cfg.seed, total, cfg.competence_start, cfg.competence_end,
+                      cfg.competence, cfg.curriculum_switch * sampler.rows_per_step, later)

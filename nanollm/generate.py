@@ -33,13 +33,13 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, 
 
 @torch.no_grad()
 def generate(model, ids, max_new_tokens, stop_ids=(), generator=None, **sampling):
-    """Yield new token ids after the prompt `ids` (a list), a stop id excluded. Stops at a stop id, after
-    max_new_tokens, or at the end of the context. A prompt longer than the context keeps its tail."""
+    """Yield new token ids after the prompt `ids` (a list), a stop id excluded. Stops at a stop id, after max_new_tokens,
+    or at the end of the context, unless the model's cache is endless. A prompt longer than the context keeps its tail."""
     room = model.args.max_seq_len
     ids = list(ids)[-(room - 1):]
-    device, cache = next(model.parameters()).device, KVCache()
+    device, cache = next(model.parameters()).device, model.cache(model)
     fresh = ids
-    for _ in range(min(max_new_tokens, room - len(ids))):
+    for _ in range(max_new_tokens if cache.endless else min(max_new_tokens, room - len(ids))):
         with torch.compiler.set_stance("force_eager"):            # a token a call: no shape stays long enough to compile for it
             logits = model(torch.tensor([fresh], device=device), cache=cache)[:, -1]
         token = sample(logits, seen=[ids], generator=generator, **sampling).item()

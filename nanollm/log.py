@@ -1,6 +1,7 @@
-"""metrics.jsonl and the console line: one dict a step, two views of it."""
+"""metrics.jsonl, and its views: the console line and TensorBoard."""
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -13,32 +14,52 @@ def clock(seconds):
     return f"{m // 60}:{m % 60:02d}:{s:02d}" if m >= 60 else f"{m}:{s:02d}"
 
 
+def kept(line, step):
+    """Is this line of metrics.jsonl still true for a run that goes on from `step`? Later steps will be made again."""
+    try:
+        return json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False                                         # the half line of a killed process
+
+
 class Logger:
     """Appends each record to OUT/metrics.jsonl and prints a line with an ETA; silent on ranks other than 0.
 
-    On resume the lines written after the resumed step are dropped first: those steps will be made again.
-    Non-finite numbers are written as null, so that every line stays valid JSON.
+    Every record has "step" and "time", the seconds that the run has worked, over all its resumes. What was written after
+    the step of a resume is dropped, because those steps are made again. Non-finite numbers are written as null, so that
+    every line stays valid JSON.
     """
 
-    def __init__(self, out_dir, main, start_step, max_steps, tokens=0):
-        self.main, self.start, self.max_steps, self.began = main, start_step, max_steps, time.time()
+    def __init__(self, out_dir, main, at, max_steps, tensorboard=False):
+        self.main, self.max_steps, self.board = main, max_steps, None
         self.path = Path(out_dir) / "metrics.jsonl"
-        self.mark_time, self.mark_tokens = self.began, tokens
-        if not main:
-            return
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UserError(f"--out_dir {out_dir} cannot be made or written: {e.strerror}; choose another directory") from None
-        kept = []
-        if start_step and self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                try:
-                    if json.loads(line)["step"] <= start_step and not (json.loads(line)["step"] == start_step and "val/loss" in line):
-                        kept.append(line)
-                except (ValueError, KeyError):
-                    continue                             # the half line of a killed process
-        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        if main:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as e:
+                raise UserError(f"--out_dir {out_dir} cannot be made or written: {e.strerror}; choose another directory") from None
+        self.rewind(at)
+        if main and tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("--tensorboard needs TensorBoard: pip install -e '.[tensorboard]'") from None
+            self.board = SummaryWriter(Path(out_dir) / "tensorboard", purge_step=at.step or None)
+
+    def rewind(self, at):
+        """Begin, or begin again, at the step where the run stands."""
+        now = time.time()
+        self.start, self.resumed, self.began = at.step, now, now - at.seconds
+        self.mark_time, self.mark_tokens, self.drawn = now, at.tokens, 0.0
+        if self.main and self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            whole = "".join(line + "\n" for line in lines if at.step and kept(line, at.step))
+            aside = self.path.with_suffix(".tmp")
+            aside.write_text(whole, encoding="utf-8")
+            aside.replace(self.path)
+
+    def seconds(self):
+        return time.time() - self.began
 
     def tokens_per_s(self, tokens):
         """Tokens a second since the last call; `tokens` is the running total of this process group."""
@@ -47,20 +68,41 @@ class Logger:
         self.mark_time, self.mark_tokens = now, tokens
         return rate
 
+    def eta(self, step):
+        return clock((time.time() - self.resumed) / max(step - self.start, 1) * (self.max_steps - step))
+
+    def write(self, step, record):
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(json.dumps({"step": step, "time": round(self.seconds(), 2), **record}, ensure_ascii=False) + "\n")
+
+    def event(self, step, text, **more):
+        """Something that happened once: a line of its own on the screen and in the file."""
+        if self.main:
+            self.write(step, {"event": text, **more})
+            print(f"step {step}: {text}" + "".join(f"; {k} {v}" for k, v in more.items()), flush=True)
+
+    def live(self, at):
+        """On a terminal: where the run is between two lines of the log."""
+        if self.main and sys.stdout.isatty() and time.time() - self.drawn > 0.5:
+            self.drawn = time.time()
+            print(f"\rstep {at.step}/{self.max_steps} | eta {self.eta(at.step)} ", end="", flush=True)
+
     def __call__(self, step, metrics):
         if not self.main:
             return
         clean = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in metrics.items()}
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write(json.dumps({"step": step, **clean}, ensure_ascii=False) + "\n")
+        self.write(step, clean)
         parts = [f"step {step:>{len(str(self.max_steps))}}/{self.max_steps}"]
         for k, v in metrics.items():
             if k != "samples":
                 k = k.removeprefix("train/")
                 parts.append(f"{k} {v:,.0f}" if k == "tokens_per_s" else f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}")
+                if self.board:
+                    self.board.add_scalar(k if "/" in k else f"train/{k}", v, step)
         if step > self.start:
-            left = (time.time() - self.began) / (step - self.start) * (self.max_steps - step)
-            parts.append(f"eta {clock(left)}")
-        print(" | ".join(parts), flush=True)
+            parts.append(f"eta {self.eta(step)}")
+        print(("\r" if self.drawn else "") + " | ".join(parts), flush=True)
         for sample in metrics.get("samples", []):
             print(f"    {sample['prompt']!r} -> {sample['text']!r}", flush=True)
+            if self.board:
+                self.board.add_text(sample["prompt"], sample["text"], step)

@@ -5,8 +5,9 @@ form that Hugging Face uses, so exporting is a renaming of tensors and nothing e
 
 Legend of shapes:  B batch   T time (tokens)   C = dim   H query heads   G key/value heads   D = C / H   V vocabulary
 """
+import contextlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
@@ -29,6 +30,7 @@ class ModelArgs:
     dropout: float = 0.0
     tie_embeddings: bool = True    # one matrix for the input embedding and the output projection
     attention: str = "sdpa"        # "sdpa": F.scaled_dot_product_attention; "naive": the formula spelled out
+    variants: list = field(default_factory=list)      # what nanollm/variants puts in place of a part; this file only keeps the words
 
     def __post_init__(self):
         """Raises ValueError for a shape that cannot be built."""
@@ -113,11 +115,16 @@ class Attention(nn.Module):
         self.attn_dropout = nn.Dropout(args.dropout)
         self.resid_dropout = nn.Dropout(args.dropout)
 
-    def forward(self, x, cos, sin, mask, cache=None):
+    def qkv(self, x):
         B, T, _ = x.shape
         q = self.wq(x).view(B, T, self.n_heads, self.head_dim).transpose(1, 2)         # (B, H, T, D)
         k = self.wk(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)      # (B, G, T, D)
         v = self.wv(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)      # (B, G, T, D)
+        return q, k, v
+
+    def forward(self, x, cos, sin, mask, cache=None):
+        B, T, _ = x.shape
+        q, k, v = self.qkv(x)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
             k, v = cache.extend(self, k, v)                                            # (B, G, S, D), S >= T
@@ -132,13 +139,15 @@ class Attention(nn.Module):
             out = naive_attention(q, k, v, mask, p)
         else:
             causal = mask is None and T > 1                  # a lone query may look at every key
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal)
+            bf16_cpu = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")      # that kernel's backward pass is 5 times slower:
+            with torch.autocast("cpu", enabled=False) if bf16_cpu else contextlib.nullcontext():       # stay in fp32
+                q, k, v = (t.float() for t in (q, k, v)) if bf16_cpu else (q, k, v)
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal)
         out = out.transpose(1, 2).reshape(B, T, self.n_heads * self.head_dim)          # (B, T, C)
         return self.resid_dropout(self.wo(out))
 
 
 def swiglu(gate, up):
-    """silu(gate) * up, with silu(z) = z sigmoid(z)."""
     return SwiGLUByHand.apply(gate, up) if by_hand(gate) else F.silu(gate) * up
 
 
@@ -172,9 +181,8 @@ class TransformerBlock(nn.Module):
 
 
 # ---- the same formulas with their derivatives by hand ------------------------------------------------------------
-# On the CPU in fp32 nobody fuses these steps for us: autograd keeps every intermediate tensor and walks through memory
-# once for each. By hand a step keeps its inputs and little else. Elsewhere (half precision, GPU, torch.compile, which
-# fuses by itself) the plain formulas above run; a test holds the two against each other.
+# On the CPU in fp32 nobody fuses these steps for us: autograd keeps every intermediate tensor and walks through memory once
+# for each. By hand a step keeps its inputs. Elsewhere (GPU, half precision, torch.compile) the plain formulas above run.
 
 ONEDNN = torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, "_linear_pointwise", None)      # a b^T for fp32
 
@@ -186,51 +194,40 @@ def by_hand(x):
 
 class RMSNormByHand(torch.autograd.Function):
     """y = w * n with n = x r, r = 1 / rms(x):  dx = r (w g - n mean(w g n)),  dw = sum over tokens of g n."""
-
     @staticmethod
     def forward(ctx, x, w, eps):
         r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()      # (B, T, 1)
         ctx.save_for_backward(x, w, r)
         return (x * r).mul_(w)
-
     @staticmethod
     def backward(ctx, g):
         x, w, r = ctx.saved_tensors
-        n = x * r
+        n, wg = x * r, w * g
         dw = (g * n).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        wg = g * w
         return wg.sub_(n.mul_((wg * n).mean(-1, keepdim=True))).mul_(r), dw, None
 
 
 class RotateByHand(torch.autograd.Function):
     """RoPE; the derivative of a rotation is the rotation back."""
-
-    @staticmethod
-    def rotate(x, cos, sin):
-        half, y = x.size(-1) // 2, x * cos
-        y[..., :half].addcmul_(x[..., half:], sin[..., half:], value=-1)
-        y[..., half:].addcmul_(x[..., :half], sin[..., :half])
-        return y
-
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return RotateByHand.rotate(x, cos, sin)
-
+        half, y = x.size(-1) // 2, x * cos                   # (B, H, T, D)
+        y[..., :half].addcmul_(x[..., half:], sin[..., half:], value=-1)
+        y[..., half:].addcmul_(x[..., :half], sin[..., :half])
+        return y
     @staticmethod
     def backward(ctx, g):
         cos, sin = ctx.saved_tensors
-        return RotateByHand.rotate(g, cos, -sin), None, None
+        return RotateByHand.apply(g, cos, -sin), None, None
 
 
 class SwiGLUByHand(torch.autograd.Function):
     """Keeps gate and up; silu(gate) is computed again."""
-
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
         return F.silu(gate).mul_(up)
-
     @staticmethod
     def backward(ctx, g):
         gate, up = ctx.saved_tensors
@@ -240,12 +237,10 @@ class SwiGLUByHand(torch.autograd.Function):
 class LinearByHand(torch.autograd.Function):
     """y = x W^T, dx = g W, dW = g^T x. PyTorch's CPU build brings two matrix libraries and sends fp32 to MKL; oneDNN is the
     faster one for the first two products where MKL does not use all of the processor (docs/speed.md)."""
-
     @staticmethod
     def forward(ctx, x, w):
         ctx.save_for_backward(x, w)
         return ONEDNN(x, w, None, "none", [], "")
-
     @staticmethod
     def backward(ctx, g):
         x, w = ctx.saved_tensors
@@ -253,16 +248,31 @@ class LinearByHand(torch.autograd.Function):
         return dx, g.flatten(0, -2).t() @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
 
 
+def causal_mask(T, cache=None, segments=None, seen=None, device=None):
+    """Which of the S tokens read so far (their segments: seen) each of the T newest may look at: itself and what came
+    before, in its own segment. (…, T, S) bool, or None where attention needs no mask to be causal."""
+    start = cache.length if cache is not None else 0
+    if segments is None and (start == 0 or T == 1):          # is_causal does it (it assumes S = T), or a lone query sees all
+        return None
+    mask = torch.ones(T, start + T, dtype=torch.bool, device=device).tril(start)
+    return mask if segments is None else mask & (segments[:, None, :, None] == seen[:, None, None, :])     # (B, 1, T, S)
+
+
 class KVCache:
     """Keys and values of the tokens already read, so that each new token costs one column and not a square."""
+    endless = False             # True: forgets what is far away, so that a text may outgrow max_seq_len
 
-    def __init__(self):
+    def __init__(self, model=None):
         self.kv = {}                # Attention module -> (k, v), each (B, G, S, D), keys already rotated
         self.segments = None        # (B, S): see Transformer.forward
 
     @property
     def length(self):
         return next(iter(self.kv.values()))[0].size(2) if self.kv else 0
+
+    @property
+    def position(self):         # of the next token
+        return self.length
 
     def extend(self, module, k, v):
         if module in self.kv:
@@ -294,6 +304,7 @@ class Transformer(nn.Module):
         cos, sin = rope_table(args.dim // args.n_heads, args.max_seq_len, args.rope_theta)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
+        self.mask, self.cache = causal_mask, KVCache          # a variant may put another function and another class here
         self.checkpointing = False           # True: keep only the blocks' inputs, compute the rest again in the backward pass
         self.init_weights()
 
@@ -310,9 +321,9 @@ class Transformer(nn.Module):
         for p in self.parameters():
             if p.dim() >= 2:
                 nn.init.normal_(p, std=0.02)
-        for block in self.layers:
-            for residual in (block.attention.wo, block.feed_forward.w2):
-                nn.init.normal_(residual.weight, std=0.02 / math.sqrt(2 * self.args.n_layers))
+        for name, p in self.named_parameters():
+            if name.endswith(("wo.weight", "w2.weight")):
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.args.n_layers))
 
     def hidden(self, tokens, segments=None, cache=None):
         """tokens (B, T) -> the final normed hidden states (B, T, C).
@@ -321,25 +332,18 @@ class Transformer(nn.Module):
         apart (1, 2, 3, … along a row) and hides left padding in batched generation (0 for pads, 1 for text).
         Positions need no reset: RoPE only sees distances. None = the whole row is one segment.
         """
-        T, start = tokens.size(1), cache.length if cache is not None else 0
+        T, start = tokens.size(1), cache.position if cache is not None else 0
         if start + T > self.args.max_seq_len:
             raise ValueError(f"{start + T} tokens do not fit into max_seq_len {self.args.max_seq_len}")
-        mask = None
-        if segments is not None:
-            seen = segments if cache is None or cache.segments is None else torch.cat((cache.segments, segments), 1)
-            if cache is not None:
-                cache.segments = seen
-            mask = segments[:, None, :, None] == seen[:, None, None, :]                   # (B, 1, T, S)
-            mask &= torch.ones(T, seen.size(1), dtype=torch.bool, device=tokens.device).tril(start)
-        elif cache is not None and start > 0 and T > 1:      # is_causal assumes S = T: spell the mask out
-            mask = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril(start)
+        seen = segments
+        if cache is not None and segments is not None:
+            seen = cache.segments = segments if cache.segments is None else torch.cat((cache.segments, segments), 1)    # (B, S)
+        mask = self.mask(T, cache, segments, seen, tokens.device)
         cos, sin = self.rope_cos[start : start + T], self.rope_sin[start : start + T]
         x = self.dropout(self.tok_embeddings(tokens))                                     # (B, T, C)
-        for layer in self.layers:
-            if self.checkpointing and torch.is_grad_enabled() and cache is None:          # Chen et al. 2016, arXiv:1604.06174
-                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)             # dropout draws the same masks again
-            else:
-                x = layer(x, cos, sin, mask, cache)
+        again = self.checkpointing and torch.is_grad_enabled() and cache is None          # Chen et al. 2016, arXiv:1604.06174;
+        for layer in self.layers:                                                         # dropout draws the same masks again
+            x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False) if again else layer(x, cos, sin, mask, cache)
         return self.norm(x)
 
     def forward(self, tokens, segments=None, cache=None, head=None):
@@ -379,7 +383,7 @@ def parameter_count(model):
         seen.add(id(p))
         words = name.split(".")
         part = ("norm" if "norm" in words[-2] else "attention" if "attention" in words
-                else "feed_forward" if "feed_forward" in words else "embedding" if "tok_embeddings" in words
+                else "feed_forward" if "feed_forward" in words else "embedding" if {"tok_embeddings", "positions"} & set(words)
                 else "output")
         parts[part] += p.numel()
     parts["total"] = sum(parts.values())
@@ -388,7 +392,8 @@ def parameter_count(model):
 
 def flops_per_token(model, seq_len):
     """Training FLOPs per token: 6 for each weight that multiplies (2 forward, 4 backward; Kaplan et al. 2020,
-    table 1) plus 12 * n_layers * dim * T for the attention scores and values (the causal half not subtracted)."""
-    a, n = model.args, parameter_count(model)
-    multiplied = n["total"] - n["norm"] - (n["embedding"] if n["output"] else 0)     # tied: the embedding is the output
-    return 6 * multiplied + 12 * a.n_layers * a.dim * seq_len
+    table 1) plus 12 * n_layers * dim * T for the attention scores and values (the causal half not subtracted).
+    A tied output multiplies too, an embedding is only looked up. An expert's `share` is the part of the tokens it sees."""
+    a = model.args
+    multiplied = sum(m.weight.numel() * getattr(m, "share", 1) for m in model.modules() if isinstance(m, nn.Linear))
+    return round(6 * multiplied) + 12 * a.n_layers * a.dim * seq_len

@@ -3,6 +3,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -39,8 +40,9 @@ def test_load_gives_back_weights_shape_and_tokenizer(tmp_path, tok):
 
 def test_files_load_with_weights_only_and_plain_fp32_names(tmp_path):
     """No code in the file, no wrapper prefixes, fp32 whatever the training dtype: usable without this package."""
-    path = checkpoint.save(tmp_path, 1, tiny_lm().bfloat16(), tiny_tokenizer(), "pretrain", None,
-                           training=checkpoint.training_state(CTX, make_optimizer(tiny_lm()), torch.amp.GradScaler("cpu", enabled=False)))
+    cfg = train_pretrain.Config(**options("pretrain", tmp_path, tmp_path))
+    saver(cfg, tiny_lm().bfloat16()).save(checkpoint.Progress(step=1))
+    path = tmp_path / "step_00000001"
     state = torch.load(path / "model.pt", weights_only=True)
     assert set(state) == set(tiny_lm().state_dict()) and {v.dtype for v in state.values()} == {torch.float32}
     torch.load(path / "training.pt", weights_only=True)
@@ -124,11 +126,44 @@ def test_a_truncated_or_missing_meta_is_not_a_checkpoint(tmp_path):
     assert checkpoint.find(tmp_path).name == "step_00000001"
 
 
-def test_damage_that_keeps_the_size_is_still_one_sentence(tmp_path):
-    path = save(tmp_path, 1) / "model.pt"
-    path.write_bytes(os.urandom(path.stat().st_size))
-    with pytest.raises(UserError, match="model.pt: .*damaged"):
-        checkpoint.load(tmp_path)
+@pytest.mark.parametrize("name", ["model.pt", "training.pt", "tokenizer/tokenizer.json"])
+def test_one_flipped_bit_is_told_by_the_checksum(tmp_path, name, capsys):
+    """The size is right, the zip may even open: by name it is refused, by its run directory the older checkpoint is taken."""
+    for step in (1, 2):
+        save(tmp_path, step, training={"x": torch.zeros(99)})
+    path = tmp_path / "step_00000002" / name
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(UserError, match="step_00000002 is damaged: a file is missing, cut short or changed"):
+        checkpoint.load(path.parent if name.count("/") == 0 else path.parent.parent)
+    assert checkpoint.find(tmp_path).name == "step_00000001" and "skipping" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_version_1_still_loads(tmp_path):
+    """It named sizes only, and no validation loss."""
+    path = save(tmp_path, 3, seed=4)
+    meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+    meta |= {"version": 1, "files": {name: file["size"] for name, file in meta["files"].items()}}
+    (path / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    assert checkpoint.load(tmp_path)[2]["step"] == 3
+
+
+def test_the_best_and_the_milestones_outlive_the_newest(tmp_path):
+    """--keep 1 with a validation loss that turns up: the lowest stays, and RUN/best is it."""
+    for step, loss, milestone in ((1, 3.0, True), (2, 2.0, False), (3, 1.5, False), (4, 1.7, False), (5, None, False)):
+        save(tmp_path, step, keep=1, val_loss=loss, milestone=milestone)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000001", "step_00000003", "step_00000005"]
+    assert checkpoint.load(tmp_path / "best")[2]["step"] == 3 and checkpoint.load(tmp_path)[2]["step"] == 5
+
+
+def test_a_disk_that_is_too_small_is_seen_before_anything_is_written(tmp_path, monkeypatch):
+    save(tmp_path, 10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    monkeypatch.setattr(torch, "save", lambda *a: pytest.fail("it began to write"))
+    with pytest.raises(UserError, match="it needs .* MB and the disk has 0; free some disk space"):
+        save(tmp_path, 20)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000010"]
 
 
 def test_no_checkpoint_there_is_said(tmp_path):
@@ -180,19 +215,20 @@ def test_a_lora_checkpoint_loads_merged(tmp_path, tok):
     peft.inject_lora(plain, 2)
 
 
+def saver(cfg, model, tokenizer=None):
+    return checkpoint.Saver(cfg, CTX, model, make_optimizer(model), torch.amp.GradScaler("cpu", enabled=False), tokenizer or tiny_tokenizer(), "pretrain")
+
+
 def resume(out, which, model, cfg=None, override=False, tokenizer=None):
     cfg = cfg or train_pretrain.Config(**options("pretrain", out, out))
-    cfg = dataclasses.replace(cfg, override_schedule=override)
-    return checkpoint.resume(out, which, CTX, model, make_optimizer(model), torch.amp.GradScaler("cpu", enabled=False), cfg,
-                             tokenizer or tiny_tokenizer())
+    return saver(dataclasses.replace(cfg, out_dir=str(out), resume=which, override_schedule=override), model, tokenizer).resume()
 
 
 @pytest.fixture
 def run(tmp_path):
     """A pretraining run that stands at step 5, with training state."""
     model, cfg = tiny_lm(1), train_pretrain.Config(**options("pretrain", tmp_path, tmp_path, max_steps=20))
-    optimizer, scaler = make_optimizer(model), torch.amp.GradScaler("cpu", enabled=False)
-    checkpoint.save(tmp_path, 5, model, tiny_tokenizer(), "pretrain", cfg, checkpoint.training_state(CTX, optimizer, scaler, tokens=77))
+    saver(cfg, model).save(checkpoint.Progress(step=5, tokens=77, skipped=2, best=1.5, stale=3, seconds=9.5))
     return tmp_path, cfg
 
 
@@ -201,14 +237,14 @@ def test_resume_restores_weights_counters_and_random_state(run):
     torch.manual_seed(123)
     state = torch.load(checkpoint.find(out) / "training.pt", weights_only=True)["rng"][0]["cpu"]
     model = tiny_lm(2)
-    assert resume(out, "auto", model, cfg) == (5, {"tokens": 77})
+    assert resume(out, "auto", model, cfg) == checkpoint.Progress(step=5, tokens=77, skipped=2, best=1.5, stale=3, seconds=9.5)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in tiny_lm(1).state_dict().items())
-    assert resume(out, str(out / "step_00000005"), model, cfg)[0] == 5       # by name, too
+    assert resume(out, str(out / "step_00000005"), model, cfg).step == 5       # by name, too
 
 
 def test_auto_without_a_checkpoint_starts_afresh(tmp_path):
-    assert resume(tmp_path / "new", "auto", tiny_lm()) == (0, {})
+    assert resume(tmp_path / "new", "auto", tiny_lm()) == checkpoint.Progress()
 
 
 def test_a_new_run_does_not_write_over_an_old_one(run):
@@ -223,7 +259,7 @@ def test_another_max_steps_needs_override_schedule(run, capsys):
     longer = dataclasses.replace(cfg, max_steps=40, learning_rate=5e-4)
     with pytest.raises(UserError, match="max_steps was 20 .* is 40 now.*--override_schedule|learning_rate was"):
         resume(out, "auto", tiny_lm(), longer)
-    assert resume(out, "auto", tiny_lm(), longer, override=True)[0] == 5
+    assert resume(out, "auto", tiny_lm(), longer, override=True).step == 5
     printed = capsys.readouterr().out
     assert "max_steps 20 -> 40" in printed and "learning_rate" in printed
 
@@ -241,7 +277,7 @@ def test_options_that_only_watch_may_change(run):
     out, cfg = run
     other = dataclasses.replace(cfg, eval_every=3, save_every=4, log_every=2, keep=5, sample_prompts=["x"],
                                 batch_size=cfg.batch_size * 2, gradient_accumulation_steps=cfg.gradient_accumulation_steps // 2)
-    assert resume(out, "auto", tiny_lm(), other)[0] == 5
+    assert resume(out, "auto", tiny_lm(), other).step == 5
 
 
 def test_data_tokenized_again_with_another_tokenizer_cannot_be_resumed(run, tok):

@@ -22,7 +22,8 @@ from nanollm.data import TokenFile
 from nanollm.losses import cross_entropy
 from nanollm.model import ModelArgs, Transformer
 from nanollm.optim import get_lr, make_optimizer
-from nanollm.sampler import Curriculum, Sampler
+from nanollm.mixture import Curriculum
+from nanollm.sampler import Sampler
 from nanollm.tokenizer import bpe_tokenizer, language, pattern_for
 
 B, T, V = 16, 64, 512                                        # rows an update, tokens a row, vocabulary
