@@ -17,6 +17,7 @@ from nanollm.config import UserError, arg, run
 from nanollm.data import Ahead, PreferenceRows
 from nanollm.log import Logger
 from nanollm.losses import IGNORE_INDEX, dpo_loss, sequence_logps
+from nanollm.mixture import ByLength
 from nanollm.model import parameter_count
 from nanollm.optim import Guard, get_lr, make_optimizer, update
 from nanollm.sampler import Sampler
@@ -145,6 +146,7 @@ def main(cfg):
     log = Logger(cfg.out_dir, ctx.main, at, max_steps, cfg.tensorboard)
     guard = Guard(ctx, log, sampler, cfg.log_every)
     # [/shared]
+    sampler.order = ByLength(sampler, train.lengths(), cfg.seed)          # half of a batch of chance neighbours is padding
     model.eval()                                             # dropout off: noise in the margin, and policy != reference
     print(f"{parameter_count(raw)['total']:,} parameters, {sum(p.numel() for p in raw.parameters() if p.requires_grad):,} trained "
           f"| {dtype} on {ctx.device}, {ctx.world_size} rank(s)\n{len(train):,} pairs | {sampler.rows_per_step} pairs an update "

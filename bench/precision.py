@@ -74,8 +74,8 @@ def batch(cfg, model):
 
 
 def memory(cfg, model):
-    sides = {"fp32": (torch.float32, False), "bf16 autocast": (torch.bfloat16, False), "fp16 autocast": (torch.float16, False),
-             "fp32, checkpointing": (torch.float32, True), "bf16 autocast, checkpointing": (torch.bfloat16, True)}
+    sides = {"fp32": (torch.float32, False), "bf16 autocast": (torch.bfloat16, False), "fp32, checkpointing": (torch.float32, True),
+             "bf16 autocast, checkpointing": (torch.bfloat16, True)}
     times, kept = {name: [] for name in sides}, {}
     for repeat in range(cfg.repeats + 1):
         for name, (dtype, model.checkpointing) in sides.items():

@@ -91,8 +91,9 @@ def save(run_dir, step, model, tokenizer, stage, config, training=None, keep=2, 
     except (OSError, RuntimeError) as e:                      # torch.save reports a full disk as RuntimeError
         if aside:
             shutil.rmtree(aside, ignore_errors=True)
-        if isinstance(e, RuntimeError) and "write" not in str(e).lower() and "file" not in str(e).lower():
+        if isinstance(e, RuntimeError) and not any(word in str(e).lower() for word in ("write", "file", "inline_container")):
             raise
+        e = "the disk is full" if "unexpected pos" in str(e) else e                     # all that torch's zip writer has to say
         raise UserError(f"could not write the checkpoint {final}: {e}; free some disk space or change --out_dir, "
                         f"then go on with --resume auto") from None
     whole = sorted(p for p in run_dir.glob(PREFIX + "*") if is_whole(p))
@@ -100,7 +101,8 @@ def save(run_dir, step, model, tokenizer, stage, config, training=None, keep=2, 
     for old in whole:
         if old not in kept and not meta_of(old).get("milestone"):
             gone = run_dir / f"{ASIDE}{old.name}"             # a kill in the middle of removing must not leave half a checkpoint
-            os.replace(old, gone)
+            shutil.rmtree(gone, ignore_errors=True)
+            old.rename(gone)
             shutil.rmtree(gone, ignore_errors=True)
     return final
 
@@ -291,7 +293,7 @@ class Saver:
             raise UserError(f"the ranks do not see the same checkpoints in --out_dir {cfg.out_dir}: put it on a disk that all machines share")
         if not which and found:
             raise UserError(f"--out_dir {cfg.out_dir} already holds a run; add --resume auto to go on, or choose another directory")
-        if which == "auto":
+        if which:
             for aside in self.out_dir.glob(ASIDE + "*") if ctx.main else []:
                 shutil.rmtree(aside, ignore_errors=True)                                 # the half-written one of a killed process
         if not which or which == "auto" and not found:

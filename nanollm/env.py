@@ -94,7 +94,7 @@ def describe():
             f"cuDNN {torch.backends.cudnn.version()}" if torch.cuda.is_available() and torch.backends.cudnn.is_available() else "",
             f"driver {driver}" if (driver := command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")) else ""]
     lines = [("nanollm", f"{version('nanollm') or 'not installed, run from its directory'}{f', commit {commit}{changed}' if commit else ''}"),
-             ("system", f"{platform.system()} {platform.release()}, {platform.machine()}{', ' + ' '.join(platform.libc_ver()) if any(platform.libc_ver()) else ''}"),
+             ("system", ", ".join(filter(None, [f"{platform.system()} {platform.release()}", platform.machine(), " ".join(platform.libc_ver()).strip()]))),
              ("cpu", f"{cpu_model()}, {os.cpu_count()} logical cores, {usable} usable, {torch.backends.cpu.get_cpu_capability()}"),
              ("memory", f"{total:.1f} GiB{f', limited to {limit:.1f} GiB' if limit else ''}" if total else "unknown"),
              ("threads", f"{torch.get_num_threads()} in an operation, {torch.get_num_interop_threads()} between operations"),

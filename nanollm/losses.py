@@ -71,8 +71,11 @@ def linear_cross_entropy(hidden, weight, targets, chunk=0):
     may run once.
     """
     chunk = chunk or (256 if hidden.device.type == "cpu" else 4096)
+    hidden, targets = hidden.flatten(0, 1), targets.flatten()                              # (N, C), (N,)
+    if hidden.device.type == "cpu":                          # prompts and padding need no logits; a GPU would have to wait for their number
+        hidden, targets = hidden[targets != IGNORE_INDEX], targets[targets != IGNORE_INDEX]
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
-    loss = LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), chunk, wanted)
+    loss = LinearCrossEntropy.apply(hidden, weight, targets, chunk, wanted)
     return loss, (targets != IGNORE_INDEX).sum(), {}
 
 

@@ -321,4 +321,4 @@ def flops_per_token(model, seq_len):
     A tied output multiplies too, an embedding is only looked up. An expert's `share` is the part of the tokens it sees."""
     a = model.args
     multiplied = sum(m.weight.numel() * getattr(m, "share", 1) for m in model.modules() if isinstance(m, nn.Linear))
-    return 6 * multiplied + 12 * a.n_layers * a.dim * seq_len
+    return round(6 * multiplied) + 12 * a.n_layers * a.dim * seq_len

@@ -21,7 +21,8 @@ import torch
 from nanollm.checkpoint import find
 from nanollm.config import UserError, arg, run
 from nanollm.data import TokenFile, tokenizer_of
-from nanollm.model import ModelArgs, Transformer, flops_per_token, parameter_count
+from nanollm.model import ModelArgs, flops_per_token, parameter_count
+from nanollm.variants import build
 
 # Peak of dense matrix products (tensor cores, fp32 sums, no sparsity) in TFLOP/s, memory in GB, and the 16-bit type that the
 # hardware computes in: from the makers' data sheets, not measured. V100 and T4 have no bf16.
@@ -29,6 +30,7 @@ HARDWARE = {"v100": (125, 32, "float16"), "t4": (65, 16, "float16"), "a100": (31
             "h100": (989, 80, "bfloat16"), "h200": (989, 141, "bfloat16"), "l4": (121, 24, "bfloat16"),
             "3090": (71, 24, "bfloat16"), "4090": (165, 24, "bfloat16")}
 CHINCHILLA = 20                   # training tokens a parameter at the best loss for the compute (Hoffmann et al. 2022, table 3)
+HEAP = 1.25                       # on the CPU a process holds more than its tensors: malloc keeps pieces that were given back
 RESERVE = 0.9                     # the share of a GPU's memory to plan with: CUDA's context, libraries and fragmentation take the rest
 
 
@@ -53,6 +55,7 @@ class Config:
     dropout: float = arg(0.0, "dropout keeps its masks: more activations")
     tie_embeddings: bool = arg(True, "one matrix for input and output")
     attention: str = arg("sdpa", "sdpa, or naive: keeps the (T, T) scores of every head")
+    variants: list = arg([], "architecture options by name: qk_norm moe:n_experts=8,top_k=2")
     max_steps: int = arg(0, "length of the run; 0 = --epochs over the data say it", unit="updates")
     epochs: float = arg(1.0, "passes over the data, unless --max_steps is given")
     batch_size: int = arg(8, "rows per micro-batch and rank", least=1)
@@ -72,25 +75,68 @@ class Config:
 # ---------------------------------------------------------------------------------------------------- what a shape costs
 
 
+def remembered(function):
+    """Each result once: keyed by what the arguments look like, because ModelArgs hold a list."""
+    results = {}
+
+    def wrapped(*arguments):
+        key = repr(arguments)
+        if key not in results:
+            results[key] = function(*arguments)
+        return results[key]
+    return wrapped
+
+
+@remembered
 def on_meta(args):
-    """The Transformer of these ModelArgs without its numbers: on this device a shape costs nothing."""
+    """The model of these ModelArgs without its numbers: on this device a shape costs nothing."""
     with torch.device("meta"):
-        return Transformer(args)
+        return build(args)
 
 
 def block_activations(args, dtype, mask=False):
     """Bytes per token that one block keeps for its backward pass, by what keeps them: {name: bytes}.
 
     Norms work in fp32 and keep their input and the normalised copy. A matrix product keeps its input; under autocast (a
-    2-byte dtype) each of them casts a copy of its own. mask: rows of several documents; the fused kernel turns the mask into numbers.
-    Plain attention keeps the scores besides."""
+    2-byte dtype) each of them casts a copy of its own. mask: rows of several documents, whose mask the fused kernel turns
+    into numbers. Plain attention keeps the scores besides. Variants have no formula: one row is run and counted."""
+    if args.variants:
+        return {"counted": counted(args, dtype)}
     s, C, F, H, T = dtype.itemsize, args.dim, args.ffn_dim, args.n_heads, args.max_seq_len
-    copies = 1 if s == 4 else 0
-    kept = {"attention_norm": 4 * (2 * C + 1), "input of wq wk wv": (3 - 2 * copies) * s * C, "q k v": 3 * s * C, "input of wo": s * C,
-            "ffn_norm": 4 * (2 * C + 1), "input of w1 w3": (2 - copies) * s * C, "gate, up, silu, product": 4 * s * F}
+    products = lambda n: n if s < 4 else 1
+    kept = {"attention_norm": 4 * (2 * C + 1), "input of wq wk wv": products(3) * s * C, "q k v": 3 * s * C, "input of wo": s * C,
+            "ffn_norm": 4 * (2 * C + 1), "input of w1 w3": products(2) * s * C, "gate, up, silu, product": 4 * s * F}
     if args.attention == "naive":
         return kept | {"scores": T * (H * (4 + (s if s < 4 else 0)) + 1)}
     return kept | {"logsumexp": 4 * H} | ({"mask": s * T} if mask else {})
+
+
+def kept_by_autograd(model, forward):
+    """(what forward() returns, bytes it leaves behind for the backward pass): each storage once, the model's own tensors aside."""
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    sizes = {}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = forward()
+    return out, sum(sizes.values())
+
+
+@remembered
+def counted(args, dtype):
+    """Bytes per token of one block, counted: what a second block and a second row add to a tiny run of this shape."""
+    T, kept = min(args.max_seq_len, 128), {}
+    for layers in (1, 2):
+        model = build(dataclasses.replace(args, n_layers=layers, vocab_size=8, dropout=0.0, variants=list(args.variants))).train()
+        for rows in (1, 2):
+            with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+                kept[layers, rows] = kept_by_autograd(model, lambda: model.hidden(torch.zeros(rows, T, dtype=torch.long)))[1]
+    return (kept[2, 2] - kept[2, 1] - kept[1, 2] + kept[1, 1]) // T
 
 
 SPLIT_BY_TP = ("q k v", "input of wo", "gate, up, silu, product", "logsumexp", "scores")       # a process has its own heads and width only
@@ -215,7 +261,10 @@ def show(n):
 
 
 def duration(seconds):
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} days"
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def machine(cfg):
@@ -247,6 +296,7 @@ def main(cfg):
     n, flops, rows = parameter_count(model), flops_per_token(model, T), cfg.batch_size * G
     mask = cfg.rows == "documents"
 
+    print(f"vocabulary    {args.vocab_size:,}" + ("" if cfg.vocab_size or cfg.init_from else f", of the tokenizer in {cfg.data[0]}"))
     print(f"parameters    {show(n['total'])}: " + ", ".join(f"{k} {show(v)} ({100 * v / n['total']:.1f} %)" for k, v in n.items() if v and k != "total"))
     print(f"compute       {show(flops)}FLOP a token in training: 6 for each of the weights that multiply, 12 x layers x dim x T for attention")
     print(f"an update     {cfg.batch_size} rows x {T} tokens x {G} micro-batches ({G // gpus} on each of {gpus} GPU(s)) = {rows * T:,} tokens")
@@ -269,22 +319,24 @@ def main(cfg):
     what = "the run" if updates else "Chinchilla's tokens"
     cost = dict(dtype=dtype, optimizer=cfg.optimizer, gpus=gpus, accumulating=G > gpus, mask=mask)
     mine = memory(args, cfg.batch_size, parallel=cfg.parallel, checkpointing=cfg.activation_checkpointing, **cost)
-    print(f"\nGB on each of {gpus} GPU(s), {str(dtype)[6:]} compute over fp32 weights, {cfg.optimizer}, {cfg.batch_size} rows at a time")
-    print(f"{'':<28}{'weights':>9}{'gradients':>11}{'optimizer':>11}{'activations':>13}{'working':>9}{'total':>8}")
-    hows = ("ddp", "zero1", "zero2", "fsdp", "tp", "pipeline") if gpus > 1 else ("ddp",)
-    for how in hows:
+    unit, size = ("GB", 1e9) if mine["total"] >= 1e9 else ("MB", 1e6)
+    print(f"\n{unit} on each of {gpus} GPU(s), {str(dtype)[6:]} compute over fp32 weights, {cfg.optimizer}, {cfg.batch_size} rows at a time")
+    print(f"{'':<28}" + "".join(f"{part:>13}" for part in mine))
+    for how in ("ddp", "zero1", "zero2", "fsdp", "tp", "pipeline") if gpus > 1 else ("ddp",):
         for checkpointing in (False, True):
             m = memory(args, cfg.batch_size, parallel=how, checkpointing=checkpointing, **cost)
-            name = (how if gpus > 1 else "one process") + (" + checkpointing" if checkpointing else "")
             chosen = (how == cfg.parallel or gpus == 1) and checkpointing == cfg.activation_checkpointing
-            print(f"{name:<28}{m['weights'] / 1e9:>9.2f}{m['gradients'] / 1e9:>11.2f}{m['optimizer'] / 1e9:>11.2f}{m['activations'] / 1e9:>13.2f}"
-                  f"{m['working'] / 1e9:>9.2f}{m['total'] / 1e9:>8.2f}{'   <- this plan' if chosen else ''}")
+            print(f"{(how if gpus > 1 else 'one process') + (' + checkpointing' if checkpointing else ''):<28}"
+                  + "".join(f"{b / size:>13.2f}" for b in m.values()) + ("   <- this plan" if chosen else ""))
+    if cfg.hardware == "cpu":
+        print(f"the process will hold about {mine['total'] * HEAP / size:.0f} {unit} above what PyTorch itself takes: malloc keeps pieces")
     if args.dropout:
         print("(dropout keeps its masks besides)")
 
     print(f"\n{what} at a model FLOPs utilisation of {cfg.mfu:g} (given, not measured), {gpus} GPU(s)"
           + (", a third more for computing the blocks twice" if cfg.activation_checkpointing else ""))
     again = 4 / 3 if cfg.activation_checkpointing else 1
+    mine["total"] *= HEAP if cfg.hardware == "cpu" else 1
     for name in [cfg.hardware] if cfg.hardware else HARDWARE:
         speed, space = (peak, room) if name == "cpu" else (HARDWARE[name][0] * 1e12, HARDWARE[name][1] * 1e9)
         seconds = tokens * flops * again / (gpus * speed * cfg.mfu) if cfg.mfu else math.inf
@@ -297,20 +349,23 @@ def main(cfg):
 
 
 def advice(cfg, args, G, cost, mine, room):
-    """What would make it fit: the first of checkpointing, fewer rows at a time, FSDP, all of them."""
-    ways, limit = [], RESERVE * room
-    rows = cfg.batch_size
-    while rows > 1 and memory(args, rows, parallel=cfg.parallel, checkpointing=cfg.activation_checkpointing, **cost)["total"] > limit:
+    """What would make it fit: smaller pieces, checkpointing, slices; each way with what it needs."""
+    def needs(rows, how, checkpointing):
+        return memory(args, rows, parallel=how, checkpointing=checkpointing, **cost)["total"]
+
+    ways, limit, rows = [], RESERVE * room, cfg.batch_size
+    while rows > 1 and needs(rows, cfg.parallel, cfg.activation_checkpointing) > limit:
         rows //= 2
-    if memory(args, rows, parallel=cfg.parallel, checkpointing=cfg.activation_checkpointing, **cost)["total"] <= limit:
+    if needs(rows, cfg.parallel, cfg.activation_checkpointing) <= limit:
         ways.append(f"--batch_size {rows} --gradient_accumulation_steps {G * cfg.batch_size // rows} (the same update in smaller pieces)")
     for how in dict.fromkeys([cfg.parallel, *(["fsdp"] if cfg.gpus > 1 else [])]):
         for checkpointing in (False, True):
-            m = memory(args, cfg.batch_size, parallel=how, checkpointing=checkpointing, **cost)["total"]
-            if m <= limit:
-                ways.append(f"{f'--parallel {how} ' if how != cfg.parallel else ''}{'--activation_checkpointing' if checkpointing else ''}".strip() + f" ({m / 1e9:.1f} GB)")
+            if (b := needs(cfg.batch_size, how, checkpointing)) <= limit:
+                words = [f"--parallel {how}"] * (how != cfg.parallel) + ["--activation_checkpointing"] * checkpointing
+                ways.append(f"{' '.join(words)} ({b / 1e9:.1f} GB)")
     return (f"warning: {mine['total'] / 1e9:.1f} GB do not fit into {room / 1e9:.0f} GB, of which {100 * RESERVE:.0f} % are planned with. "
-            + (f"What would: {'; '.join(ways)}" if ways else "Nor would checkpointing or smaller batches: take a smaller model or more GPUs with --parallel fsdp"))
+            + (f"What would: {'; '.join(ways)}" if ways else "Nor would checkpointing or smaller batches: take a smaller model, or more GPUs and "
+               "--parallel fsdp"))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import types
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ import train_pretrain
 from conftest import ROOT, tiny_tokenizer
 from nanollm import config, plan
 from nanollm.losses import linear_cross_entropy
-from nanollm.model import ModelArgs, Transformer, parameter_count
+from nanollm.model import KVCache, ModelArgs, parameter_count
 from nanollm.optim import make_optimizer
+from nanollm.sampler import Sampler
+from nanollm.variants import build
 
 NOTES = sorted((ROOT / "configs" / "notes").glob("*.toml"))
 SMALL = dict(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=500, multiple_of=8, max_seq_len=48, tie_embeddings=False)
@@ -38,25 +41,16 @@ def step_of(args, rows, dtype=torch.float32, optimizer="adamw", checkpointing=Fa
     that autograd keeps when the forward pass ends, each once, parameters and buffers aside, and the chunked loss's gradient
     with respect to the hidden states."""
     torch.manual_seed(seed)
-    model = Transformer(args).train()
+    model = build(args).train()
     model.checkpointing = checkpointing
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    kept = {}
-
-    def pack(t):
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
     tokens = torch.randint(0, args.vocab_size, (rows, args.max_seq_len))
     segments = torch.ones_like(tokens) if mask else None
     autocast = torch.autocast("cpu", dtype=dtype) if dtype != torch.float32 else contextlib.nullcontext()
-    with autocast, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss, _, _ = model(tokens, segments, head=lambda h, output: linear_cross_entropy(h, output.weight, tokens))
-        held = sum(kept.values()) + loss.grad_fn.kept[0].nbytes
     with autocast:
-        loss.backward()
+        (loss, _, _), held = plan.kept_by_autograd(
+            model, lambda: model(tokens, segments, head=lambda h, output: linear_cross_entropy(h, output.weight, tokens)))
+    held += loss.grad_fn.kept[0].nbytes
+    loss.backward()
     adam = make_optimizer(model, optimizer)
     adam.step()
     gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
@@ -133,8 +127,144 @@ LARGE = {"wide vocabulary": (dict(dim=256, n_layers=2, n_heads=4, vocab_size=30_
 @pytest.mark.parametrize("name", LARGE)
 def test_the_plan_is_near_the_memory_that_a_process_really_takes(name):
     """Peak resident memory of a fresh process, above what it held after one step of a tiny model (PyTorch itself is 200 to 300
-    MB): within 35 % of the plan."""
+    MB): within 35 % of what the plan says a process will hold."""
     shape, rows = LARGE[name]
     out = subprocess.run([sys.executable, "-c", RSS, repr(shape), str(rows)], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
     assert out.returncode == 0, out.stderr
-    assert plan.memory(ModelArgs(**shape), rows)["total"] == pytest.approx(int(out.stdout), rel=0.35)
+    assert plan.memory(ModelArgs(**shape), rows)["total"] * plan.HEAP == pytest.approx(int(out.stdout), rel=0.35)
+
+
+# ---- what is printed --------------------------------------------------------------------------------------------------
+
+
+def test_the_notes_two_examples_of_steps(capsys):
+    """1,280,000 rows: 32 a GPU on 4 GPUs are 10,000 updates; 16 rows, 4 micro-batches a GPU, 4 GPUs are 5,000. The notes count
+    accumulation per rank, our flag counts all ranks: 4 x 4 = 16."""
+    shape = ["--vocab_size", "1000", "--dataset_rows", "1280000", "--gpus", "4"]
+    assert "= 10,000 updates an epoch" in planned(capsys, *shape, "--batch_size", "32", "--gradient_accumulation_steps", "4")
+    per_rank = planned(capsys, *shape, "--batch_size", "16", "--accumulation_per_rank", "4")
+    assert "1,280,000 / (16 x 4 x 4) = 5,000 updates an epoch" in per_rank
+    assert per_rank == planned(capsys, *shape, "--batch_size", "16", "--gradient_accumulation_steps", "16")
+    assert plan.steps(1_280_000, 32, 4) == 10_000 and plan.steps(1_280_000, 16, 16) == 5_000
+    assert "= 65,536 tokens" in planned(capsys, *shape, "--batch_size", "16", "--accumulation_per_rank", "2", "--max_seq_len", "512")
+
+
+@pytest.mark.parametrize("rows, batch, G, epochs", [(100, 8, 1, 1.0), (101, 8, 2, 1.0), (1000, 16, 4, 2.5), (3, 8, 1, 0.1)])
+def test_planned_steps_are_the_samplers(rows, batch, G, epochs):
+    """What the training loop will count, the last, smaller update included."""
+    one = types.SimpleNamespace(rank=0, world_size=1)
+    assert plan.steps(rows, batch, G, epochs) == Sampler(rows, one, batch, G, 0, epochs).steps(0)
+
+
+def test_chinchilla_is_20_tokens_a_parameter(capsys):
+    """0.1 B parameters want 2 B tokens, not the 20 B of the notes."""
+    text = planned(capsys, "--dim", "512", "--n_layers", "12", "--n_heads", "8", "--vocab_size", "64793", "--no_tie_embeddings")
+    assert "parameters    104.31 M" in text and "20 tokens a parameter: 2.09 B tokens" in text
+    assert 20 * 0.1e9 == 2e9
+
+
+def test_hours_follow_from_flops_peak_and_utilisation(capsys):
+    """tokens x FLOPs a token / (GPUs x peak x MFU)."""
+    words = ["--vocab_size", "1000", "--hardware", "h100", "--batch_size", "100", "--max_seq_len", "100"]
+    args = ModelArgs(dim=128, n_layers=4, n_heads=4, vocab_size=1000, max_seq_len=100)
+    seconds = 1e10 * plan.flops_per_token(plan.on_meta(args), 100) / (2 * 989e12 * 0.4)
+    assert plan.duration(seconds) in planned(capsys, *words, "--gpus", "2", "--gradient_accumulation_steps", "2", "--max_steps", "500000")
+    assert [plan.duration(s) for s in (90, 600, 10_000, 300_000)] == ["90 s", "10.0 min", "2.8 h", "3.5 days"]
+
+
+def test_zero_and_fsdp_share_out_what_they_say():
+    """Rajbhandari et al. 2020, figure 1, in fp32 masters: 16 bytes a parameter; ZeRO-1 on 4 GPUs leaves 10, ZeRO-2 7, ZeRO-3 4.
+    Under accumulation whole gradients wait for the last micro-batch."""
+    args = ModelArgs(**SMALL)
+    P = parameter_count(plan.on_meta(args))["total"]
+
+    def states(how, **more):
+        m = plan.memory(args, 1, parallel=how, gpus=4, **more)
+        return (m["weights"] + m["gradients"] + m["optimizer"]) / P
+    assert [round(states(how), 3) for how in ("ddp", "zero1", "zero2", "fsdp")] == [16, 10, 7, 4]
+    assert round(states("fsdp", accumulating=True), 3) == 7
+    whole, tp = (plan.memory(args, 4, parallel=how, gpus=4) for how in ("ddp", "tp"))
+    assert tp["weights"] < whole["weights"] and tp["activations"] < whole["activations"]
+
+
+def test_what_does_not_fit_is_said_with_what_would(capsys):
+    text = planned(capsys, "--vocab_size", "32000", "--dim", "2048", "--n_layers", "24", "--n_heads", "16", "--max_seq_len", "2048",
+                   "--batch_size", "8", "--hardware", "a100_40gb")
+    assert "DOES NOT FIT" in text and "warning:" in text and "--activation_checkpointing" in lines_with(text, "warning")[0]
+    small = planned(capsys, "--vocab_size", "1000", "--hardware", "t4")
+    assert "warning" not in small and ": fits" in small and "float16 compute" in small          # a T4 has no bf16
+
+
+def test_the_vocabulary_comes_from_the_data_or_is_asked_for(capsys, world):
+    text = planned(capsys, "--data", str(world / "tokens"), "--max_seq_len", "64")
+    assert f"vocabulary    {tiny_tokenizer().vocab_size:,}, of the tokenizer in" in text and "the data" in text
+    with pytest.raises(config.UserError, match="--vocab_size"):
+        planned(capsys, "--data", str(world / "nowhere"))
+    for words, message in ((["--hardware", "abacus"], "h100"), (["--parallel", "magic"], "zero1"), (["--gpus", "3", "--gradient_accumulation_steps", "4"],
+                           "divisible"), (["--dim", "30", "--n_heads", "4"], "RoPE"), (["--optimizer", "sgd"], "muon"), (["--dtype", "int8"], "bfloat16")):
+        with pytest.raises(config.UserError, match=message):
+            planned(capsys, "--vocab_size", "100", *words)
+
+
+def test_the_shape_of_a_checkpoint_is_planned_with(capsys, world):
+    assert f"vocabulary    {tiny_tokenizer().vocab_size:,}\n" in planned(capsys, "--init_from", str(world / "base"), "--data", str(world / "none"))
+
+
+def test_a_preset_is_the_first_word_and_what_plays_no_part_is_named(capsys, tmp_path):
+    preset = tmp_path / "x.toml"
+    preset.write_text('dim = 64\nn_heads = 2\nlearning_rate = 1e-3\n', encoding="utf-8")
+    text = planned(capsys, str(preset), "--vocab_size", "300")
+    assert "learning_rate play no part here" in text and "vocabulary    300" in text
+    assert "a row at the full context of 256" in text
+
+
+def test_the_planners_defaults_are_the_scripts():
+    """So that a preset means the same to both."""
+    theirs = {f.name: f for f in dataclasses.fields(train_pretrain.Config)}
+    ours = {f.name: getattr(plan.Config(), f.name) for f in dataclasses.fields(plan.Config)}
+    own = {"gpus", "hardware", "mfu", "dataset_rows", "accumulation_per_rank"}
+    for name in ours.keys() - own - {"data"}:
+        assert ours[name] == getattr(train_pretrain.Config(), name), name
+    assert ours["data"] == [train_pretrain.Config().data] and own.isdisjoint(theirs)
+
+
+def test_the_kv_cache_is_two_vectors_a_layer_and_kv_head():
+    """And a real cache of 48 tokens has exactly these bytes."""
+    args = ModelArgs(**SMALL)
+    cache = KVCache()
+    build(args).eval()(torch.zeros(2, 48, dtype=torch.long), cache=cache)
+    held = sum(t.nbytes for pair in cache.kv.values() for t in pair)
+    assert plan.kv_cache(args, torch.float32) * 2 * 48 == held
+
+
+# ---- the presets of the notes -----------------------------------------------------------------------------------------
+
+
+def arithmetic(path):
+    """The lines of a preset's comment that are computed, for the vocabulary named in its first line."""
+    words = re.search(r"nanollm\.plan (.*)", path.read_text(encoding="utf-8"))[1].split()
+    cfg = config.parse(plan.Config, [str(path), *words[1:]])
+    args = plan.model_args(cfg)
+    n, rows = parameter_count(plan.on_meta(args))["total"], cfg.batch_size * cfg.gradient_accumulation_steps
+    T, tokens = args.max_seq_len, rows * args.max_seq_len
+    gb = [plan.memory(args, cfg.batch_size, torch.bfloat16, checkpointing=c, accumulating=rows > cfg.batch_size)["total"] / 1e9 for c in (False, True)]
+    return [f"# = {plan.show(n)} parameters; {cfg.batch_size} rows * {T} tokens * {cfg.gradient_accumulation_steps} micro-batches = {tokens:,} tokens an update",
+            f"# = {cfg.max_steps:,} updates = {plan.show(cfg.max_steps * tokens)} tokens; Chinchilla: {plan.show(20 * n)} tokens, {-(-20 * n // tokens):,} updates",
+            f"# = {gb[0]:.1f} GB in bfloat16 on one GPU, {gb[1]:.1f} GB with --activation_checkpointing"]
+
+
+COUNTS = {"baby_llama2_92m": 91.65, "baby_llama2_104m": 104.31, "baby_llama2_218m": 218.16, "zero_chatgpt_159m": 159.41,
+          "listing_5_1": 10.81, "gpt2_124m": 124.44, "small_20m": 19.90}
+
+
+@pytest.mark.parametrize("path", NOTES, ids=lambda p: p.stem)
+def test_the_arithmetic_in_a_preset_of_the_notes_is_true(path, capsys):
+    """Parameters, tokens an update, Chinchilla's tokens and the memory in its comment are what the plan computes."""
+    text = path.read_text(encoding="utf-8")
+    assert [line for line in text.splitlines() if line.startswith("# = ")] == arithmetic(path)
+    assert f"# = {COUNTS[path.stem]:.2f} M parameters" in text
+    assert tomllib.loads(text)["max_steps"]
+
+
+def test_every_shape_of_the_notes_has_a_preset():
+    assert {p.stem for p in NOTES} == set(COUNTS)

@@ -279,7 +279,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_file_ends_in_a_sentence_and_is_r
         process = python(DISK_FULL, *flags(words), log=log)
         assert process.wait(timeout=300) == 2, (tmp_path / "log").read_text(encoding="utf-8")
     said = (tmp_path / "log").read_text(encoding="utf-8")
-    assert "error: could not write the checkpoint" in said and "free some disk space" in said and "Traceback" not in said
+    assert re.search("error: could not write the checkpoint .*step_00000006: the disk is full", said) and "free some disk space" in said and "Traceback" not in said
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["metrics.jsonl", "step_00000003"]
     train_pretrain.main(train_pretrain.Config(**words))
     same_run(tmp_path / "run", finished / "run")
@@ -290,7 +290,7 @@ def test_a_kill_while_old_checkpoints_are_removed_leaves_no_half_one(finished, t
     words = options("pretrain", finished / "world", tmp_path / "run", **SHORT | {"keep": 1})
 
     def killed(path, **k):
-        if "step_" in str(path):
+        if "step_" in str(path) and os.path.exists(path):
             raise KeyboardInterrupt
     monkeypatch.setattr(shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):

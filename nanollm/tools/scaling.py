@@ -49,8 +49,8 @@ def train(cfg, shapes, threads=1):
             layers, dim = (int(n) for n in shape.split("x"))
             out = Path(cfg.out_dir) / shape
             out.mkdir(parents=True, exist_ok=True)
-            words = ["train_pretrain.py", "--config", cfg.preset, "--data", cfg.data, "--out_dir", str(out), "--n_layers", str(layers), "--dim", str(dim),
-                     "--n_heads", str(dim // 8), "--resume", "auto", *(["--max_steps", str(cfg.max_steps)] if cfg.max_steps else [])]
+            words = ["train_pretrain.py", "--config", cfg.preset, "--data", cfg.data, "--out_dir", str(out), "--resume", "auto",
+                     "--n_layers", str(layers), "--dim", str(dim), "--n_heads", str(dim // 8), *(["--max_steps", str(cfg.max_steps)] if cfg.max_steps else [])]
             env = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
             with open(out / "log.txt", "w", encoding="utf-8") as log:
                 running[shape] = subprocess.Popen([sys.executable, *words], stdout=log, stderr=subprocess.STDOUT, env=env), time.time()
