@@ -192,12 +192,11 @@ class DDP(torch.nn.Module):
     """Data parallelism by hand: every rank holds the whole model and reads its own rows; gradients are averaged.
 
     - At the start rank 0 broadcasts its weights and buffers.
-    - Every p.grad is a view into a bucket, one flat tensor for many parameters, in reverse order of use. When the
-      backward pass has filled a bucket, its all-reduce starts in place, without a copy, while the earlier layers are
-      still being differentiated (Li et al. 2020, section 3.2).
+    - Gradients live in buckets, flat tensors for many parameters in reverse order of use: a fresh gradient is divided by the
+      number of ranks straight into its place while it is still in the cache, and p.grad becomes a view. When the backward
+      pass has filled a bucket, its all-reduce starts, while earlier layers are still being differentiated (Li et al. 2020, 3.2).
     - `ddp.sync = False` before the forward of all but the last micro-batch: accumulate without talking.
     - `ddp.wait()` after the last backward: the averages are in place. Exactly one synchronisation an update.
-    - `ddp.zero_grad()` after the step.
 
     Buckets are sent in one fixed order on all ranks, and a parameter that got no gradient counts as zero, so that
     ranks can never wait for each other's different messages. With world_size 1 nothing is installed.
@@ -222,34 +221,28 @@ class DDP(torch.nn.Module):
             p.register_post_accumulate_grad_hook(self._ready)
         for bucket in self.buckets:
             self.flats.append(torch.zeros(sum(p.numel() for p in bucket), dtype=bucket[0].dtype, device=bucket[0].device))
-            for p, part in zip(bucket, self.flats[-1].split([p.numel() for p in bucket])):
-                self.views[p] = p.grad = part.view_as(p)
+            self.views |= {p: part.view_as(p) for p, part in zip(bucket, self.flats[-1].split([p.numel() for p in bucket]))}
         self._bucket_of = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
         self._reset()
 
     def _reset(self):
-        self._missing = [len(bucket) for bucket in self.buckets]
+        self._missing = [set(bucket) for bucket in self.buckets]
         self._next = 0                                       # the next bucket to send: always in order
 
-    def _home(self, p):
-        """p.grad lies in its bucket, also if someone has set it to None since."""
-        if p.grad is not self.views[p]:
-            self.views[p].zero_() if p.grad is None else self.views[p].copy_(p.grad)
-            p.grad = self.views[p]
-
     def _ready(self, p):
-        self._home(p)
+        if self.sync or p.grad is not self.views[p]:
+            torch.mul(p.grad, 1 / self.ctx.world_size if self.sync else 1, out=self.views[p])
+            p.grad = self.views[p]
         if self.sync:
-            self._missing[self._bucket_of[p]] -= 1
-            while self._next < len(self.buckets) and self._missing[self._next] <= 0:
+            self._missing[self._bucket_of[p]].discard(p)
+            while self._next < len(self.buckets) and not self._missing[self._next]:
                 self._send()
 
     def _send(self):
-        for p in self.buckets[self._next]:
-            self._home(p)
-        flat = self.flats[self._next]
-        flat *= 1 / self.ctx.world_size                      # average, as torch's DDP does, before the sum: no overflow
-        self.pending.append(torch_dist.all_reduce(flat, async_op=True))
+        for p in self._missing[self._next]:                  # no gradient in this micro-batch: what earlier ones left, or zero
+            self.views[p].zero_() if p.grad is None else self.views[p].mul_(1 / self.ctx.world_size)
+            p.grad = self.views[p]
+        self.pending.append(torch_dist.all_reduce(self.flats[self._next], async_op=True))
         self._next += 1
 
     def wait(self):
@@ -264,14 +257,6 @@ class DDP(torch.nn.Module):
         self.pending.clear()
         self.rounds += 1
         self._reset()
-
-    def zero_grad(self, set_to_none=True):
-        """The next update starts from zero; the views stay what they are."""
-        super().zero_grad(set_to_none=True)
-        for flat in self.flats:
-            flat.zero_()
-        for p, view in self.views.items():
-            p.grad = view
 
     def forward(self, *args, **kwargs):
         return self.module(*args, **kwargs)
