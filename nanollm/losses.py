@@ -98,6 +98,16 @@ def sequence_logps(logits, targets):
     return logps.sum(-1), mask.sum(-1)
 
 
+def linear_sequence_logps(hidden, output, targets):
+    """sequence_logps(output(hidden), targets) of hidden states (B, T, C) and an output layer. On the CPU prompts and padding
+    get no logits; a GPU would have to wait for the number of the others."""
+    if hidden.device.type != "cpu":
+        return sequence_logps(output(hidden), targets)
+    mask = targets != IGNORE_INDEX
+    logps = -F.cross_entropy(output(hidden[mask]).float(), targets[mask], reduction="none")       # (N,)
+    return logps.new_zeros(len(targets)).index_add(0, mask.nonzero()[:, 0], logps), mask.sum(-1)
+
+
 def dpo_loss(logps, ref_logps, counts, beta):
     """DPO (Rafailov et al. 2023, eq. 7): -log sigmoid(beta * [(log pi/ref)(chosen) - (log pi/ref)(rejected)]).
 
