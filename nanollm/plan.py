@@ -209,7 +209,7 @@ def kv_cache(args, dtype):
 def steps(n_rows, batch_size, gradient_accumulation_steps, epochs=1.0):
     """Updates for so many epochs over n_rows rows, rounded up. gradient_accumulation_steps counts the micro-batches of all ranks
     together, as everywhere in nanollm; the notes count those of one rank: 16 rows x 4 x 4 GPUs is 16 x 16 here."""
-    return math.ceil(round(epochs * n_rows) / (batch_size * gradient_accumulation_steps))
+    return math.ceil(max(1, round(epochs * n_rows)) / (batch_size * gradient_accumulation_steps))
 
 
 def measured_peak(seconds=0.5):
