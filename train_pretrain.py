@@ -19,7 +19,7 @@ from nanollm import checkpoint, curriculum, dist, evaluation
 from nanollm.config import UserError, arg, run
 from nanollm.data import Ahead, Joined, TokenFile, tokenizer_of
 from nanollm.log import Logger
-from nanollm.losses import IGNORE_INDEX, cross_entropy
+from nanollm.losses import IGNORE_INDEX, linear_cross_entropy
 from nanollm.mixture import read_phases, sources_of
 from nanollm.model import ModelArgs, flops_per_token, parameter_count
 from nanollm.optim import Guard, get_lr, make_optimizer, update
@@ -93,7 +93,8 @@ class Config:
 
 def pretrain_loss(model, inputs, targets, segments):
     """Cross-entropy of every next token, in nats: (sum, count, metrics). Untrained it is ln(vocab_size) a token."""
-    return add_balance(model, *cross_entropy(model(inputs, segments), targets))           # a mixture of experts: used alike
+    loss = model(inputs, segments, head=lambda h, output: linear_cross_entropy(h, output.weight, targets))
+    return add_balance(model, *loss)                         # for a mixture of experts: that all are used
 
 
 @torch.no_grad()
@@ -105,7 +106,7 @@ def validate(model, val, ctx, autocast, cfg):
     order = permute(range(len(val)), len(val), key=0)        # the first --eval_batches must be a fair sample of the split
     batches = [order[i : i + cfg.batch_size] for i in range(0, len(val), cfg.batch_size)]
     model.eval()
-    for batch in batches[: cfg.eval_batches or None][ctx.rank :: ctx.world_size]:
+    for batch in ctx.share(batches[: cfg.eval_batches or None]):
         inputs, targets, segments = ctx.to(val.batch(batch))
         with autocast():
             loss, count, _ = pretrain_loss(model, inputs, targets, segments)
@@ -158,8 +159,8 @@ def main(cfg):
     max_steps = sampler.steps(cfg.max_steps)
     if cfg.warmup_steps >= max_steps:
         print(f"note: these {max_steps} updates end inside the warmup of {cfg.warmup_steps}; lower --warmup_steps", flush=True)
-    getattr(raw, "backbone", raw).checkpointing = cfg.activation_checkpointing
-    model = dist.wrap(raw, ctx, cfg.compile)
+    raw.checkpointing = cfg.activation_checkpointing
+    model = dist.wrap(raw, ctx, cfg.compile, dtype)
     optimizer = make_optimizer(raw, cfg.optimizer, cfg.learning_rate, cfg.weight_decay, muon_lr=cfg.muon_lr)
     scaler = torch.amp.GradScaler(ctx.device.type, enabled=dtype == torch.float16)
     saver = checkpoint.Saver(cfg, ctx, raw, optimizer, scaler, tokenizer, STAGE)
@@ -183,19 +184,19 @@ def main(cfg):
 
     while True:
         # [shared:evaluate_and_save]
-        last = at.step >= max_steps or ctx.stop_requested()
+        last, stop = at.step >= max_steps, ctx.stop_requested()           # asked to stop: save at once, evaluate another time
         if (at.step % cfg.eval_every == 0 or last) and at.evaluated != at.step:
             metrics = evaluate()
             log(at.step, metrics)
             at.judge(metrics["val/loss"], counts=at.step % cfg.eval_every == 0)
         if 0 < cfg.patience <= at.stale and not last:
             log.event(at.step, f"early stop: val/loss {at.best:.4g} has not been beaten in {at.stale} evaluations ({cfg.out_dir}/best holds it)")
-            last = True
-        if saver.due(at, last):
+            stop = True
+        if saver.due(at, last or stop):
             guard.read(at)
             at.seconds = log.seconds()
             saver.save(at)
-        if last:
+        if last or stop:
             break
         # [/shared]
         # [shared:learning_rate]

@@ -16,6 +16,7 @@ from nanollm.config import UserError, arg, run
 from nanollm.data import Ahead, PreferenceRows
 from nanollm.log import Logger
 from nanollm.losses import reward_loss
+from nanollm.mixture import ByLength
 from nanollm.model import parameter_count
 from nanollm.optim import Guard, get_lr, make_optimizer, update
 from nanollm.sampler import Sampler
@@ -76,7 +77,7 @@ def validate(model, val, ctx, autocast, cfg):
     """Loss, accuracy (strict: a tie is a miss), mean scores, and what always preferring the longer answer would score."""
     total, sums = torch.zeros(2, device=ctx.device), {}
     batches = [range(i, min(i + cfg.batch_size, len(val))) for i in range(0, len(val), cfg.batch_size)]
-    for batch in batches[ctx.rank :: ctx.world_size] or [[]]:               # a rank without a batch joins the sums with zeros
+    for batch in ctx.share(batches):
         ids, lengths = ctx.to(val.scored_batch(batch))
         with autocast():
             loss, count, metrics = pair_loss(model, ids, lengths, cfg.center)
@@ -109,8 +110,8 @@ def main(cfg):
     max_steps = sampler.steps(cfg.max_steps)
     if cfg.warmup_steps >= max_steps:
         print(f"note: these {max_steps} updates end inside the warmup of {cfg.warmup_steps}; lower --warmup_steps", flush=True)
-    getattr(raw, "backbone", raw).checkpointing = cfg.activation_checkpointing
-    model = dist.wrap(raw, ctx, cfg.compile)
+    raw.checkpointing = cfg.activation_checkpointing
+    model = dist.wrap(raw, ctx, cfg.compile, dtype)
     optimizer = make_optimizer(raw, cfg.optimizer, cfg.learning_rate, cfg.weight_decay, muon_lr=cfg.muon_lr)
     scaler = torch.amp.GradScaler(ctx.device.type, enabled=dtype == torch.float16)
     saver = checkpoint.Saver(cfg, ctx, raw, optimizer, scaler, tokenizer, STAGE)
@@ -118,6 +119,7 @@ def main(cfg):
     log = Logger(cfg.out_dir, ctx.main, at, max_steps, cfg.tensorboard)
     guard = Guard(ctx, log, sampler, cfg.log_every)
     # [/shared]
+    sampler.order = ByLength(sampler, train.lengths(), cfg.seed)          # half of a batch of chance neighbours is padding
     model.eval()                                             # dropout off: both answers are judged by the same network
     print(f"{parameter_count(raw)['total']:,} parameters | {dtype} on {ctx.device}, {ctx.world_size} rank(s)\n"
           f"{len(train):,} pairs | {sampler.rows_per_step} pairs an update | {max_steps} updates", flush=True)
@@ -129,19 +131,19 @@ def main(cfg):
 
     while True:
         # [shared:evaluate_and_save]
-        last = at.step >= max_steps or ctx.stop_requested()
+        last, stop = at.step >= max_steps, ctx.stop_requested()           # asked to stop: save at once, evaluate another time
         if (at.step % cfg.eval_every == 0 or last) and at.evaluated != at.step:
             metrics = evaluate()
             log(at.step, metrics)
             at.judge(metrics["val/loss"], counts=at.step % cfg.eval_every == 0)
         if 0 < cfg.patience <= at.stale and not last:
             log.event(at.step, f"early stop: val/loss {at.best:.4g} has not been beaten in {at.stale} evaluations ({cfg.out_dir}/best holds it)")
-            last = True
-        if saver.due(at, last):
+            stop = True
+        if saver.due(at, last or stop):
             guard.read(at)
             at.seconds = log.seconds()
             saver.save(at)
-        if last:
+        if last or stop:
             break
         # [/shared]
         # [shared:learning_rate]

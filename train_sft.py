@@ -16,7 +16,7 @@ from nanollm import checkpoint, dist, evaluation, peft
 from nanollm.config import UserError, arg, run
 from nanollm.data import Ahead, ChatRows
 from nanollm.log import Logger
-from nanollm.losses import IGNORE_INDEX, cross_entropy
+from nanollm.losses import IGNORE_INDEX, linear_cross_entropy
 from nanollm.model import parameter_count
 from nanollm.optim import Guard, get_lr, make_optimizer, update
 from nanollm.sampler import Sampler
@@ -80,7 +80,8 @@ def sft_loss(model, inputs, targets, segments):
     """Cross-entropy on the assistant's tokens: the mask lives in targets, where all else is IGNORE_INDEX.
     (sum, count, metrics)."""
     segments = mark_prefix(model, segments, targets)         # for a prefix-LM: the prompt reads itself in both directions
-    return add_balance(model, *cross_entropy(model(inputs, segments), targets))           # for a mixture of experts: used alike
+    loss = model(inputs, segments, head=lambda h, output: linear_cross_entropy(h, output.weight, targets))
+    return add_balance(model, *loss)                         # for a mixture of experts: that all are used
 
 
 @torch.no_grad()
@@ -89,7 +90,7 @@ def validate(model, val, ctx, autocast, cfg):
     total = torch.zeros(2, device=ctx.device)
     batches = [range(i, min(i + cfg.batch_size, len(val))) for i in range(0, len(val), cfg.batch_size)]
     model.eval()
-    for batch in batches[ctx.rank :: ctx.world_size]:
+    for batch in ctx.share(batches):
         inputs, targets, segments = ctx.to(val.batch(batch))
         with autocast():
             loss, count, _ = sft_loss(model, inputs, targets, segments)
@@ -124,8 +125,8 @@ def main(cfg):
     max_steps = sampler.steps(cfg.max_steps)
     if cfg.warmup_steps >= max_steps:
         print(f"note: these {max_steps} updates end inside the warmup of {cfg.warmup_steps}; lower --warmup_steps", flush=True)
-    getattr(raw, "backbone", raw).checkpointing = cfg.activation_checkpointing
-    model = dist.wrap(raw, ctx, cfg.compile)
+    raw.checkpointing = cfg.activation_checkpointing
+    model = dist.wrap(raw, ctx, cfg.compile, dtype)
     optimizer = make_optimizer(raw, cfg.optimizer, cfg.learning_rate, cfg.weight_decay, muon_lr=cfg.muon_lr)
     scaler = torch.amp.GradScaler(ctx.device.type, enabled=dtype == torch.float16)
     saver = checkpoint.Saver(cfg, ctx, raw, optimizer, scaler, tokenizer, STAGE)
@@ -146,19 +147,19 @@ def main(cfg):
 
     while True:
         # [shared:evaluate_and_save]
-        last = at.step >= max_steps or ctx.stop_requested()
+        last, stop = at.step >= max_steps, ctx.stop_requested()           # asked to stop: save at once, evaluate another time
         if (at.step % cfg.eval_every == 0 or last) and at.evaluated != at.step:
             metrics = evaluate()
             log(at.step, metrics)
             at.judge(metrics["val/loss"], counts=at.step % cfg.eval_every == 0)
         if 0 < cfg.patience <= at.stale and not last:
             log.event(at.step, f"early stop: val/loss {at.best:.4g} has not been beaten in {at.stale} evaluations ({cfg.out_dir}/best holds it)")
-            last = True
-        if saver.due(at, last):
+            stop = True
+        if saver.due(at, last or stop):
             guard.read(at)
             at.seconds = log.seconds()
             saver.save(at)
-        if last:
+        if last or stop:
             break
         # [/shared]
         # [shared:learning_rate]
@@ -195,8 +196,8 @@ def main(cfg):
             log(at.step, {**means, "lr": lr, "grad_norm": float(grad_norm), "tokens": at.tokens, "tokens_per_s": log.tokens_per_s(at.tokens)})
         # [/shared]
     if cfg.merge_on_save and cfg.peft and ctx.main:
-        peft.merge_lora(raw)
-        print("merged:", checkpoint.save(f"{cfg.out_dir}/merged", at.step, raw, tokenizer, STAGE, cfg))
+        merged, _, _ = checkpoint.load(cfg.out_dir)          # what has just been saved, whole and merged
+        print("merged:", checkpoint.save(f"{cfg.out_dir}/merged", at.step, merged, tokenizer, STAGE, cfg))
     dist.finish(ctx)
 
 

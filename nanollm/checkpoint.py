@@ -35,6 +35,19 @@ def digest(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def seal(meta):
+    """The checksum of meta.json itself, over everything else in it."""
+    return hashlib.sha256(json.dumps({k: v for k, v in meta.items() if k != "seal"}, sort_keys=True).encode()).hexdigest()
+
+
+def write_meta(path, meta):
+    """meta.json, sealed, in one piece: a kill leaves the old one or the new one."""
+    (path / "meta.tmp").write_text(json.dumps({**meta, "seal": seal(meta)}, indent=1, ensure_ascii=False), encoding="utf-8")
+    with open(path / "meta.tmp", "rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(path / "meta.tmp", path / "meta.json")
+
+
 def aside_of(run_dir, step):
     """An empty directory in which a checkpoint is written before it gets its name."""
     aside = Path(run_dir) / f"{ASIDE}{step:08d}"
@@ -69,24 +82,28 @@ def save(run_dir, step, model, tokenizer, stage, config, training=None, keep=2, 
                 "model": dataclasses.asdict(model.args), "lora": peft.lora_config(model), **about,
                 "tokenizer_hash": tokenizer.hash, "config": dataclasses.asdict(config) if config else {},
                 "files": {name: {"size": p.stat().st_size, "sha256": digest(p)} for name, p in files.items()}}
-        (aside / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
-        for path in [*files.values(), aside / "meta.json"]:   # on the disk before the name is: survives a power cut
+        for path in files.values():                           # on the disk before the name is: survives a power cut
             with open(path, "rb+") as f:
                 os.fsync(f.fileno())
+        write_meta(aside, json.loads(json.dumps(meta)))
         shutil.rmtree(final, ignore_errors=True)              # only when the very same step is written again
         os.replace(aside, final)
     except (OSError, RuntimeError) as e:                      # torch.save reports a full disk as RuntimeError
         if aside:
             shutil.rmtree(aside, ignore_errors=True)
-        if isinstance(e, RuntimeError) and "write" not in str(e).lower() and "file" not in str(e).lower():
+        if isinstance(e, RuntimeError) and not any(word in str(e).lower() for word in ("write", "file", "inline_container")):
             raise
+        e = "the disk is full" if "unexpected pos" in str(e) else e                     # all that torch's zip writer has to say
         raise UserError(f"could not write the checkpoint {final}: {e}; free some disk space or change --out_dir, "
                         f"then go on with --resume auto") from None
     whole = sorted(p for p in run_dir.glob(PREFIX + "*") if is_whole(p))
     kept = {best_of(whole), *whole[-keep:]} if keep else set(whole)
     for old in whole:
         if old not in kept and not meta_of(old).get("milestone"):
-            shutil.rmtree(old, ignore_errors=True)
+            gone = run_dir / f"{ASIDE}{old.name}"             # a kill in the middle of removing must not leave half a checkpoint
+            shutil.rmtree(gone, ignore_errors=True)
+            old.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
     return final
 
 
@@ -105,7 +122,10 @@ def meta_of(path):
 def is_whole(path, checksums=False):
     """True if meta.json can be read and every file has the size, and if asked the checksum, that it names."""
     try:
-        for name, file in meta_of(path)["files"].items():
+        meta = meta_of(path)
+        if checksums and "seal" in meta and meta["seal"] != seal(meta):
+            return False
+        for name, file in meta["files"].items():
             file = {"size": file} if isinstance(file, int) else file                     # version 1 had sizes only
             if (path / name).stat().st_size != file["size"] or checksums and "sha256" in file and digest(path / name) != file["sha256"]:
                 return False
@@ -202,9 +222,9 @@ class Progress:
     rollbacks: int = 0
 
     def judge(self, val_loss, counts=True):
-        """Note an evaluation at this step. counts=False: one out of turn (Ctrl-C) must not bring --patience nearer."""
+        """Note an evaluation at this step. counts=False: one out of turn, at the end of the run; --patience knows nothing of it."""
         self.evaluated, self.val_loss = self.step, val_loss if math.isfinite(val_loss) else None
-        if self.val_loss is not None and (self.best is None or val_loss < self.best):
+        if counts and self.val_loss is not None and (self.best is None or val_loss < self.best):
             self.best, self.stale = val_loss, 0
         elif counts:
             self.stale += 1
@@ -240,7 +260,7 @@ class Saver:
         rng = {"cpu": torch.get_rng_state()}
         if ctx.device.type in ("cuda", "mps"):
             rng[ctx.device.type] = torch.cuda.get_rng_state(ctx.device) if ctx.device.type == "cuda" else torch.mps.get_rng_state()
-        training = {"scaler": self.scaler.state_dict(), "rng": ctx.gather(rng)}
+        training = {"scaler": self.scaler.state_dict(), "rng": ctx.gather(rng)[:: ctx.tp]}
         if sharded:
             from nanollm import parallel
             aside = ctx.gather(str(aside_of(self.out_dir, at.step)) if ctx.main else "")[0]
@@ -273,20 +293,22 @@ class Saver:
             raise UserError(f"the ranks do not see the same checkpoints in --out_dir {cfg.out_dir}: put it on a disk that all machines share")
         if not which and found:
             raise UserError(f"--out_dir {cfg.out_dir} already holds a run; add --resume auto to go on, or choose another directory")
-        if which == "auto":
+        if which:
             for aside in self.out_dir.glob(ASIDE + "*") if ctx.main else []:
                 shutil.rmtree(aside, ignore_errors=True)                                 # the half-written one of a killed process
         if not which or which == "auto" and not found:
             return Progress()
         path = find(self.out_dir if which == "auto" else which)
         self.compare(meta_of(path), path)
-        later = [p for p in sorted(self.out_dir.glob(PREFIX + "*")) if p.name > path.name and is_whole(p)]
+        later = [p for p in sorted(self.out_dir.glob(PREFIX + "*")) if p.name > path.name and is_whole(p, checksums=True)]
         if later and not cfg.rollback:
             raise UserError(f"--resume {path}: --out_dir {cfg.out_dir} already holds the later {later[-1].name}; choose another --out_dir, move it "
                             f"away, or add --rollback N to set it aside and go on from here at a lower rate")
         at = self.load(path)
         if later:
             at.slow_until = self.abandon(later) + cfg.rollback
+            if ctx.main:                                      # killed before the next save, it still goes on slowly
+                write_meta(path, meta_of(path) | {"progress": dataclasses.asdict(at)})
         print(f"resumed {path} at step {at.step}" + (f"; up to step {at.slow_until} at {cfg.rollback_lr} of the rate" if later else ""), flush=True)
         return at
 
@@ -356,7 +378,7 @@ class Saver:
     def roll_back(self, at, log):
         """Too many updates in a row without effect: with --rollback N the notes' recipe, go back to the newest checkpoint at
         least N updates old, lower the rate until N updates beyond the place that broke, then restore it. Else give up with advice."""
-        cfg = self.cfg
+        cfg, ctx = self.cfg, self.ctx
         if not cfg.rollback or at.rollbacks == 3:
             raise UserError(f"{at.in_a_row} updates in a row had a loss or gradient that is not finite" + (" after three rollbacks" if cfg.rollback else "")
                             + f"; look at the rows that {cfg.out_dir}/metrics.jsonl names, lower --learning_rate, or let --rollback 100 go back by itself")
@@ -369,6 +391,8 @@ class Saver:
         back.slow_until, back.rollbacks = at.step + cfg.rollback, at.rollbacks + 1
         if len(whole) > len(old):
             self.abandon(whole[len(old):])
+        if ctx.main:                                          # killed from here on, the run goes on slowly too
+            write_meta(old[-1], meta_of(old[-1]) | {"progress": dataclasses.asdict(back)})
         log.rewind(back)
         log.event(back.step, f"rollback from step {at.step}: up to step {back.slow_until} at {cfg.rollback_lr} of the rate")
         return back

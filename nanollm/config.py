@@ -143,6 +143,21 @@ def help_text(cls, doc):
     return "\n".join(lines)
 
 
+def unanswered(error):
+    """One sentence for a RuntimeError that a collective raised (gloo, NCCL, the meeting at master_addr); None for any other."""
+    text = str(error).splitlines()[0] if str(error) else ""
+    if not type(error).__name__.startswith("Dist") and not any(word in text for word in ("gloo", "Gloo", "NCCL", "ProcessGroup")):
+        return None
+    if "losed" in text or "reset" in text:
+        cause = "it has ended; its own message stands above, and if there is none, the system may have killed it for memory"
+    elif "connect" in text:
+        cause = "the first machine is not reachable: --master_addr and --master_port, a firewall, fewer launchers started than --nnodes says"
+    else:
+        cause = ("it hangs or died on a machine that is gone, has more work than this one (swap, a slow disk), or a firewall or the wrong network "
+                 "interface lies between (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME); NANOLLM_TIMEOUT=SECONDS waits longer")
+    return f"process {os.environ.get('RANK', 0)} got no answer from another one: {cause}. --resume auto goes on from the last checkpoint [{text[-120:]}]"
+
+
 def run(main, cls, doc="", argv=None):
     """The last line of every script: parse, call main(cfg), and turn a UserError into one sentence and code 2."""
     argv = sys.argv[1:] if argv is None else argv
@@ -159,6 +174,11 @@ def run(main, cls, doc="", argv=None):
             raise
         print(f"error: the disk is full ({e.filename or 'writing'}); free some space and run the same command again", file=sys.stderr, flush=True)
         sys.exit(2)
+    except RuntimeError as e:
+        if not (sentence := unanswered(e)):
+            raise
+        print(f"error: {sentence}", file=sys.stderr, flush=True)      # every process: the one that could speak for all may be the dead one
+        os._exit(2)                                          # at once: leaving in good order would wait for the others again
     except UserError as e:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:    # once a machine
             print(f"error: {e}", file=sys.stderr, flush=True)

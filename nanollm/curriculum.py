@@ -93,12 +93,11 @@ def model_difficulty(model, data, ctx, autocast, batch_size):
     over the ranks, the result on all of them."""
     loss = torch.zeros(len(data))
     model.eval()
-    for first in range(ctx.rank * batch_size, len(data), ctx.world_size * batch_size):
-        batch = np.arange(first, min(first + batch_size, len(data)))
+    for batch in ctx.share([range(i, min(i + batch_size, len(data))) for i in range(0, len(data), batch_size)]):
         inputs, targets, segments = (t if t is None else t.to(ctx.device) for t in data.batch(batch))
         with autocast():
             logps, counts = sequence_logps(model(inputs, segments), targets)
-        loss[batch] = (-logps / counts).float().cpu()
+        loss[list(batch)] = (-logps / counts).float().cpu()
     model.train()
     return ctx.sum(loss).cpu().numpy()
 

@@ -583,6 +583,10 @@ class PreferenceRows:
     def __len__(self):
         return len(self.pairs)
 
+    def lengths(self):
+        """Tokens of each pair's longer side."""
+        return [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in self.pairs]
+
     def batch(self, rows):
         """inputs and targets (2B, T), targets only on the answers: what DPO compares."""
         sides = [(self.pairs[r][0], self.pairs[r][side]) for side in (1, 2) for r in rows]

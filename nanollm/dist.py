@@ -3,6 +3,8 @@
 One code path: under plain `python` the world has one rank and every collective here is the identity.
 """
 import contextlib
+import datetime
+import hashlib
 import os
 import signal
 import sys
@@ -16,50 +18,62 @@ from nanollm.config import UserError
 
 @dataclass
 class Context:
-    rank: int
+    rank: int                                    # of the data-parallel ranks: which rows are read; with --tp N, N processes share one
     local_rank: int
-    world_size: int
+    world_size: int                              # the number of data-parallel ranks
     device: torch.device
-    main: bool                                   # rank 0: the one that prints and writes
+    main: bool                                   # process 0: the one that prints and writes
     parallel: str = "ddp"
     tp: int = 1
     interrupted: list = field(default_factory=list)
     handlers: dict = field(default_factory=dict)  # what Ctrl-C and SIGTERM did before
+    mesh: object = None                          # --parallel fsdp and --tp: the processes as a grid ("dp", "tp")
+    group: object = None                         # the data-parallel ranks; None = all processes
 
     @property
     def sharded(self):
-        """Does each rank hold only a part of the weights?"""
-        return self.parallel == "fsdp" or self.tp > 1
+        """Does each process hold only a part of the weights?"""
+        return self.mesh is not None
 
     def to(self, batch):
         """The tensors of a batch on this rank's device; from pinned memory the copy runs beside the arithmetic."""
         return tuple(t if t is None else t.to(self.device, non_blocking=True) for t in batch)
 
+    def share(self, batches):
+        """This rank's part of a list of batches of row numbers, filled up with empty ones: where weights are sharded, every
+        forward pass is a collective, so all ranks must make the same number of them."""
+        return [*batches, *[[]] * (-len(batches) % self.world_size)][self.rank :: self.world_size]
+
     def sum(self, value):
-        """The sum of a number or tensor over all ranks, on every rank."""
+        """The sum of a number or tensor over the data-parallel ranks, on every rank. What lies on the CPU is summed there
+        (gloo), so that counting tokens never makes the CPU wait for the GPU."""
         value = torch.as_tensor(value).detach().clone()
         if self.world_size > 1:
-            torch_dist.all_reduce(value)
+            torch_dist.all_reduce(value, group=self.group)
         return value
 
     def gather(self, value):
-        """[value of rank 0, value of rank 1, …] on every rank; value may be any picklable object."""
-        if self.world_size == 1:
+        """[value of process 0, value of process 1, …] on every process; value may be any picklable object."""
+        if not torch_dist.is_initialized():
             return [value]
-        values = [None] * self.world_size
+        values = [None] * torch_dist.get_world_size()
         torch_dist.all_gather_object(values, value)
         return values
 
     def barrier(self):
-        if self.world_size > 1:
-            torch_dist.barrier()
+        """Wait for all processes."""
+        if torch_dist.is_initialized():
+            torch_dist.all_reduce(torch.zeros(()))
 
     def stop_requested(self):
-        """True on every rank once any rank got Ctrl-C or SIGTERM: the loop then saves and ends in good order."""
-        return bool(self.sum(len(self.interrupted)) > 0)
+        """True on every process once any of them got Ctrl-C or SIGTERM: the loop then saves and ends in good order."""
+        asked = torch.tensor(len(self.interrupted))
+        if torch_dist.is_initialized():
+            torch_dist.all_reduce(asked)
+        return bool(asked)
 
 
-def choose_device(device="auto", local_rank=0):
+def choose_device(device="auto", local_rank=0, local_size=1):
     """auto, cpu, cuda, cuda:N or mps as a torch.device. Raises UserError if it is not there."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -71,6 +85,8 @@ def choose_device(device="auto", local_rank=0):
         raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu or auto")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: PyTorch sees no Apple GPU here; use --device cpu or auto")
+    if device.index is not None and local_size > 1:
+        raise UserError(f"--device {device} would put all {local_size} processes of this machine on one GPU; use --device {device.type}")
     if device.type == "cuda":
         device = torch.device("cuda", device.index if device.index is not None else local_rank)
         if device.index >= torch.cuda.device_count():
@@ -83,15 +99,39 @@ def choose_device(device="auto", local_rank=0):
 
 def init(device="auto", parallel="ddp", tp=1):
     """Join the group that torchrun describes in RANK, LOCAL_RANK and WORLD_SIZE, or be a world of one; from here to
-    finish(), Ctrl-C and SIGTERM ask the loop to save and stop instead of ending the process."""
-    rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in
-                                    (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    device = choose_device(device, local_rank)
-    if world_size > 1 and not torch_dist.is_initialized():
+    finish(), Ctrl-C and SIGTERM ask the loop to save and stop instead of ending the process.
+
+    parallel: ddp, fsdp or none; tp: processes that share each matrix. A collective that is not answered within
+    NANOLLM_TIMEOUT seconds (600) ends the run. Raises UserError for what cannot be started like this."""
+    rank, local_rank, size, local_size = (int(os.environ.get(k, d)) for k, d in
+                                          (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
+    missing = [k for k in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
+    if size > 1 and missing:
+        raise UserError(f"WORLD_SIZE is {size}, but {', '.join(missing)} not set: start with torchrun --standalone --nproc_per_node={size} …")
+    if parallel not in ("ddp", "fsdp", "none"):
+        raise UserError(f"--parallel {parallel} is unknown; use ddp, fsdp or none")
+    if tp < 1 or size % tp:
+        raise UserError(f"--tp {tp}: {size} process(es) do not split into groups of {tp}; start a multiple of {tp} with torchrun --nproc_per_node")
+    if 1 < tp < size and parallel != "fsdp" or parallel == "none" and size > tp:
+        raise UserError(f"--parallel {parallel} --tp {tp} leaves no work for {size} processes: use --parallel fsdp, or start only {tp}")
+    try:
+        timeout = datetime.timedelta(seconds=float(os.environ.get("NANOLLM_TIMEOUT", 600)))
+    except (ValueError, OverflowError):
+        raise UserError(f"NANOLLM_TIMEOUT is {os.environ['NANOLLM_TIMEOUT']!r}: give a number of seconds") from None
+    device = choose_device(device, local_rank, local_size)
+    if device.type == "cpu" and local_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":     # 1 is torchrun's own choice
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // local_size))
+    if size > 1 and not torch_dist.is_initialized():
         if os.name == "nt":
             os.environ.setdefault("USE_LIBUV", "0")          # the Windows wheels are built without libuv
-        torch_dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    ctx = Context(rank, local_rank, world_size, device, rank == 0, parallel, tp)
+        torch_dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    ctx = Context(rank // tp, local_rank, size // tp, device, rank == 0, parallel, tp)
+    if size > 1 and (parallel == "fsdp" or tp > 1):
+        ctx.mesh = torch_dist.device_mesh.init_device_mesh(device.type, (size // tp, tp), mesh_dim_names=("dp", "tp"))
+        ctx.group = ctx.mesh["dp"].get_group()
+    if size > 1 and ctx.main:
+        print(f"{size} processes ({parallel}, tp {tp}), {torch.get_num_threads()} thread(s) each", flush=True)
     if not ctx.main:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # rank 0 speaks for all; errors still reach the screen
 
@@ -122,7 +162,7 @@ def choose_dtype(wanted, device):
     """The compute type: "auto" is bf16 where the GPU has it in hardware, else fp16 (with GradScaler), else fp32.
 
     is_bf16_supported() answers yes for GPUs that emulate it, at a fraction of the speed: ask for native support.
-    CPU and MPS stay in fp32 unless asked. Raises UserError for what cannot work."""
+    CPU and MPS stay in fp32 unless asked. Raises UserError for an unknown name."""
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if wanted == "auto":
         if device.type != "cuda":
@@ -130,8 +170,6 @@ def choose_dtype(wanted, device):
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if wanted not in names:
         raise UserError(f"--dtype {wanted} is unknown; use auto, {', '.join(names)}")
-    if wanted == "float16" and device.type == "cpu":
-        raise UserError("--dtype float16 needs a GPU; on the CPU use float32 or bfloat16")
     return names[wanted]
 
 
@@ -156,10 +194,12 @@ class DDP(torch.nn.Module):
     """Data parallelism by hand: every rank holds the whole model and reads its own rows; gradients are averaged.
 
     - At the start rank 0 broadcasts its weights and buffers.
-    - Gradients are packed into buckets in reverse order of use. When the backward pass has filled a bucket, its
-      all-reduce starts while the earlier layers are still being differentiated (Li et al. 2020, section 3.2).
+    - Every p.grad is a view into a bucket, one flat tensor for many parameters, in reverse order of use. When the
+      backward pass has filled a bucket, its all-reduce starts in place, without a copy, while the earlier layers are
+      still being differentiated (Li et al. 2020, section 3.2).
     - `ddp.sync = False` before the forward of all but the last micro-batch: accumulate without talking.
     - `ddp.wait()` after the last backward: the averages are in place. Exactly one synchronisation an update.
+    - `ddp.zero_grad()` after the step, instead of the optimizer's, which would cut the views.
 
     Buckets are sent in one fixed order on all ranks, and a parameter that got no gradient counts as zero, so that
     ranks can never wait for each other's different messages. With world_size 1 nothing is installed.
@@ -168,7 +208,7 @@ class DDP(torch.nn.Module):
     def __init__(self, module, ctx, bucket_mb=25):
         super().__init__()
         self.module, self.ctx, self.sync, self.rounds = module, ctx, True, 0
-        self.buckets, self.pending = [], []
+        self.buckets, self.flats, self.views, self.pending = [], [], {}, []
         if ctx.world_size == 1:
             return
         with torch.no_grad():
@@ -182,51 +222,84 @@ class DDP(torch.nn.Module):
             self.buckets[-1].append(p)
             size += p.numel() * 4
             p.register_post_accumulate_grad_hook(self._ready)
-        self._home = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
+        for bucket in self.buckets:
+            self.flats.append(torch.zeros(sum(p.numel() for p in bucket), dtype=bucket[0].dtype, device=bucket[0].device))
+            for p, part in zip(bucket, self.flats[-1].split([p.numel() for p in bucket])):
+                self.views[p] = p.grad = part.view_as(p)
+        self._bucket_of = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
         self._reset()
 
     def _reset(self):
         self._missing = [len(bucket) for bucket in self.buckets]
         self._next = 0                                       # the next bucket to send: always in order
 
+    def _home(self, p):
+        """p.grad lies in its bucket, also if someone has set it to None since."""
+        if p.grad is not self.views[p]:
+            self.views[p].zero_() if p.grad is None else self.views[p].copy_(p.grad)
+            p.grad = self.views[p]
+
     def _ready(self, p):
+        self._home(p)
         if self.sync:
-            self._missing[self._home[p]] -= 1
+            self._missing[self._bucket_of[p]] -= 1
             while self._next < len(self.buckets) and self._missing[self._next] <= 0:
                 self._send()
 
     def _send(self):
-        bucket = self.buckets[self._next]
+        for p in self.buckets[self._next]:
+            self._home(p)
+        flat = self.flats[self._next]
+        flat *= 1 / self.ctx.world_size                      # average, as torch's DDP does, before the sum: no overflow
+        self.pending.append(torch_dist.all_reduce(flat, async_op=True))
         self._next += 1
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])
-        flat /= self.ctx.world_size                          # average, as torch's DDP does
-        self.pending.append((bucket, flat, torch_dist.all_reduce(flat, async_op=True)))
 
     def wait(self):
-        """Send what is left, wait for all buckets and put the averages into p.grad."""
+        """Send what is left and wait until the averages are in every p.grad."""
         if self.ctx.world_size == 1:
             return
         assert self.sync, "wait() without a synchronised micro-batch"
         while self._next < len(self.buckets):
             self._send()
-        for bucket, flat, work in self.pending:
+        for work in self.pending:
             work.wait()
-            for p, mean in zip(bucket, flat.split([p.numel() for p in bucket])):
-                p.grad = mean.view_as(p)
         self.pending.clear()
         self.rounds += 1
         self._reset()
 
+    def zero_grad(self, set_to_none=True):
+        """The next update starts from zero; the views stay what they are."""
+        super().zero_grad(set_to_none=True)
+        for flat in self.flats:
+            flat.zero_()
+        for p, view in self.views.items():
+            p.grad = view
+
     def forward(self, *args, **kwargs):
         return self.module(*args, **kwargs)
 
-    def zero_grad(self, set_to_none=True):
-        self.module.zero_grad(set_to_none)
 
-
-def wrap(raw, ctx, compile=False):
+def wrap(raw, ctx, compile=False, dtype=torch.float32):
+    """What the loop calls, with sync, wait() and zero_grad(): our DDP, or parallel.py's shards for --parallel fsdp and --tp.
+    Those cut up raw's own parameters, so the optimizer is made afterwards. dtype: what blocks are gathered in."""
+    if ctx.sharded:
+        from nanollm import parallel
+        return parallel.Sharded(raw, ctx, lambda model: compiled(model, compile), dtype).train()
     return DDP(compiled(raw, compile), ctx).train()
 
 
 def check_replicas(model, ctx):
-    pass
+    """Raises UserError on every process if weights that are copies of each other differ: replicas that have drifted apart
+    train on without any sign of it. A hash over all bytes; called at each save."""
+    kind = ctx.rank if ctx.sharded else 0                    # with shards, only a tensor-parallel group holds copies
+    digest = hashlib.blake2b()
+    for p in model.parameters():
+        if "tp" not in getattr(getattr(p, "device_mesh", None), "mesh_dim_names", ()):     # neither these: slices of their own
+            part = p.to_local() if hasattr(p, "to_local") else p
+            digest.update(part.detach().contiguous().cpu().view(torch.uint8).numpy())
+    seen = ctx.gather((kind, digest.hexdigest()))
+    first = dict(reversed(seen))                             # the first process of each kind
+    wrong = [i for i, (kind, digest) in enumerate(seen) if digest != first[kind]]
+    if wrong:
+        raise UserError(f"the weights of process(es) {', '.join(map(str, wrong))} are no longer copies of process {min(set(range(len(seen))) - set(wrong))}'s: "
+                        "bad memory, or another version of the code or of PyTorch there; go on from the last checkpoint with --resume auto")

@@ -1,6 +1,6 @@
-"""What else may stand in the sampler's stream: several sources by weight, in phases, and easy rows first.
+"""What else may stand in the sampler's stream: several sources by weight, in phases, easy rows first, rows of like length together.
 
-Both are functions of (seed, sample number) like the plain shuffle of sampler.py, and take its place as `sampler.order`.
+All are functions of (seed, sample number) like the plain shuffle of sampler.py, and take its place as `sampler.order`.
 """
 import functools
 import math
@@ -200,4 +200,26 @@ class Curriculum:
         after = samples >= self.switch if self.switch else np.zeros(len(samples), bool)
         if after.any():
             rows[after] = self.later[place[after]]
+        return rows
+
+
+class ByLength:
+    """Rows of like length in one update: a row is padded to the longest beside it. Of every `window` updates' rows (as many
+    as `order` gives) the shortest make one update, the next longer ones another, and so on; then these updates are shuffled."""
+
+    def __init__(self, sampler, lengths, seed, window=8):
+        self.order, self.lengths, self.seed, self.window = sampler.order, np.asarray(lengths), seed, window
+        self.B, self.total = sampler.rows_per_step, sampler.total
+
+    def __call__(self, samples):
+        rows = np.empty(len(samples), np.int64)
+        for w in np.unique(samples // (self.window * self.B)):
+            begin = w * self.window * self.B
+            end = min(begin + self.window * self.B, self.total or np.inf)
+            there = self.order(np.arange(begin, end, dtype=np.int64))
+            there = there[np.argsort(self.lengths[there], kind="stable")]
+            whole = len(there) // self.B                     # a ragged last update of the run stays the last, with the longest
+            updates = there[: whole * self.B].reshape(whole, self.B)[permute(np.arange(whole), whole, self.seed * 1_000_003 + int(w))]
+            here = samples // (self.window * self.B) == w
+            rows[here] = np.concatenate((updates.ravel(), there[whole * self.B :]))[samples[here] - begin]
         return rows

@@ -5,6 +5,7 @@ form that Hugging Face uses, so exporting is a renaming of tensors and nothing e
 
 Legend of shapes:  B batch   T time (tokens)   C = dim   H query heads   G key/value heads   D = C / H   V vocabulary
 """
+import contextlib
 import math
 from dataclasses import dataclass, field
 
@@ -127,7 +128,10 @@ class Attention(nn.Module):
             out = naive_attention(q, k, v, mask, p)
         else:
             causal = mask is None and T > 1                  # a lone query may look at every key
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal)
+            bf16_cpu = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")      # that kernel's backward pass is 5 times slower:
+            with torch.autocast("cpu", enabled=False) if bf16_cpu else contextlib.nullcontext():       # stay in fp32
+                q, k, v = (t.float() for t in (q, k, v)) if bf16_cpu else (q, k, v)
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal)
         out = out.transpose(1, 2).reshape(B, T, self.n_heads * self.head_dim)          # (B, T, C)
         return self.resid_dropout(self.wo(out))
 
@@ -317,4 +321,4 @@ def flops_per_token(model, seq_len):
     A tied output multiplies too, an embedding is only looked up. An expert's `share` is the part of the tokens it sees."""
     a = model.args
     multiplied = sum(m.weight.numel() * getattr(m, "share", 1) for m in model.modules() if isinstance(m, nn.Linear))
-    return 6 * multiplied + 12 * a.n_layers * a.dim * seq_len
+    return round(6 * multiplied) + 12 * a.n_layers * a.dim * seq_len

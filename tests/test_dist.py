@@ -268,8 +268,7 @@ def test_the_dtype_asked_for_is_taken_or_refused():
     cpu = torch.device("cpu")
     assert dist.choose_dtype("auto", cpu) == dist.choose_dtype("auto", torch.device("mps")) == torch.float32
     assert dist.choose_dtype("bfloat16", cpu) == torch.bfloat16
-    with pytest.raises(UserError, match="float16 needs a GPU"):
-        dist.choose_dtype("float16", cpu)
+    assert dist.choose_dtype("float16", cpu) == torch.float16             # slow there, but one can watch the scaler
     with pytest.raises(UserError, match="--dtype fp8 is unknown"):
         dist.choose_dtype("fp8", cpu)
 

@@ -55,10 +55,10 @@ def check(words):
                 config.parse(module.Config, words[3:])
         return
     at = next(i for i, word in enumerate(words) if i and word.endswith(".py"))
-    module, rest = importlib.import_module(words[at].removesuffix(".py")), words[at + 1 :]
+    module, rest = importlib.import_module(words[at].removesuffix(".py").replace("/", ".")), words[at + 1 :]
     if words[at] == "prepare_data.py":
         config.parse(getattr(module, rest[0].capitalize()), rest[1:])
-    else:
+    elif hasattr(module, "Config") or "/" not in words[at]:              # a benchmark may have options of another kind
         config.parse(module.Config, rest)
 
 

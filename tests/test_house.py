@@ -15,10 +15,9 @@ TRAINING = sorted(ROOT.glob("train_*.py"))
 ALL = [p for folder in ("", "nanollm", "tests", "bench", "learn", "runs", "examples") for p in sorted((ROOT / folder).glob("*.py" if not folder else "**/*.py"))]
 
 # A file imports only from lower layers. config holds UserError and is below everything; peft knows only tensors, and
-# checkpoint and hf need it, so it stands on layer 1. parallel is imported inside functions, under its flag only.
-LAYERS = {"config": -1, "dist": 0, "losses": 0, "foreign_tokenizers": 0, "model": 1, "tokenizer": 1, "optim": 1, "log": 1, "peft": 1, "sampler": 0, "mixture": 1,
-          "data": 2, "generate": 2, "checkpoint": 2, "hf": 2, "parallel": 1.5, "evaluation": 3, "report": 3, "world": 3, "curriculum": 3,
-          "env": 1, "plot": 2, "plan": 3}
+# checkpoint and hf need it, so it stands on layer 1. parallel knows torch only; dist hands over to it under its flags.
+LAYERS = {"config": -2, "parallel": -1, "zero": -1, "dist": 0, "losses": 0, "foreign_tokenizers": 0, "model": 1, "tokenizer": 1, "optim": 1, "log": 1, "peft": 1, "sampler": 0, "mixture": 1,
+          "data": 2, "generate": 2, "checkpoint": 2, "hf": 2, "evaluation": 3, "report": 3, "world": 3, "curriculum": 3, "env": 1, "plot": 2, "plan": 3}
 CORE = {"torch", "numpy", "tiktoken", "sentencepiece", "datasketch", "pyarrow", "tqdm", "regex"}      # regex comes with tiktoken
 OPTIONAL = {"matplotlib", "safetensors", "trafilatura", "jieba", "ray", "tensorboard"}
 
@@ -196,7 +195,7 @@ CORPUS_CORE = {"clean.py", "bpe.py", "stage.py"}       # the rest of corpus/ is 
 
 
 def test_the_road_stays_readable():
-    """model.py at most 400 lines; what one must read to follow a text from prepare_data.py to chat.py about 3,000 lines of
+    """model.py at most 400 lines; what one must read to follow a text from prepare_data.py to chat.py about 3,200 lines of
     package (the demo world, pictures, evaluation, interchange and the corpus tools at scale stand aside) and 1,700 of
     scripts; no line too wide."""
     def length(paths):
@@ -205,7 +204,7 @@ def test_the_road_stays_readable():
     assert length(SCRIPTS) <= 1800
     aside = {"tools", "variants", "world.py", "report.py", "evaluation.py", "hf.py", "peft.py", "foreign_tokenizers.py", "curriculum.py", "mixture.py", "parallel.py", "zero.py",
              "plan.py", "plot.py", "env.py"}
-    assert length(p for p in PACKAGE if not aside & set(p.parts) and (p.parent.name != "corpus" or p.name in CORPUS_CORE)) <= 3100
+    assert length(p for p in PACKAGE if not aside & set(p.parts) and (p.parent.name != "corpus" or p.name in CORPUS_CORE)) <= 3200
     assert all(len(line) <= 160 for p in [*PACKAGE, *SCRIPTS] for line in p.read_text(encoding="utf-8").splitlines())
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 
 from nanollm.config import UserError
 from nanollm.dist import Context
-from nanollm.mixture import BLOCK, Curriculum, Mixture, competence, quotas, read_phases, sources_of
+from nanollm.mixture import BLOCK, ByLength, Curriculum, Mixture, competence, quotas, read_phases, sources_of
 from nanollm.sampler import GAMMA, Sampler, permute, shuffled, splitmix64, uniform
 
 
@@ -331,3 +331,45 @@ def test_a_curriculum_is_entered_anywhere_by_any_number_of_ranks():
         sampler.order = make()
     micro = [update(s, 166) for s in ranks]                                  # samples 1992 to 2003, over the switch
     assert sum((micro[m % 2][m // 2] for m in range(4)), []) == straight[1992:2004].tolist()
+
+
+# ---- rows of like length together ----------------------------------------------------------------------------------
+
+def by_length(n=203, batch=4, epochs=2.0, world_size=1, rank=0, accumulate=2, seed=0):
+    lengths = np.random.default_rng(7).integers(5, 200, n)
+    sampler = Sampler(n, ctx(rank, world_size), batch, accumulate, seed, epochs)
+    sampler.order = ByLength(sampler, lengths, seed)
+    return sampler, lengths
+
+
+def test_by_length_changes_the_company_and_not_the_rows():
+    """Two epochs still read every row twice, and 8 updates read the rows that the plain shuffle would have given them."""
+    sampler, _ = by_length()
+    steps = sampler.steps(0)
+    rows = [sampler.rows(step) for step in range(steps)]
+    assert sorted(np.concatenate(rows).tolist()) == sorted(2 * list(range(203)))
+    plain = shuffled(np.arange(64), 203, 0)
+    assert sorted(np.concatenate(rows[:8]).tolist()) == sorted(plain.tolist()) and len(rows[-1]) == 406 % 8
+
+
+def test_by_length_leaves_less_padding():
+    """Share of real tokens when each update is padded to its longest row: more than nine tenths, against about a half."""
+    sampler, lengths = by_length(n=2000, batch=16, accumulate=1, epochs=1.0)
+    def fill(order):
+        batches = [lengths[order(np.arange(i, i + 16))] for i in range(0, 1920, 16)]
+        return sum(b.sum() for b in batches) / sum(16 * b.max() for b in batches)
+    assert fill(sampler.order) > 0.9 and fill(sampler.order.order) < 0.6
+
+
+def test_by_length_can_be_entered_anywhere_and_by_any_rank():
+    whole, _ = by_length()
+    parts = [by_length(world_size=2, rank=r)[0] for r in (0, 1)]
+    for step in (33, 7, 50):
+        assert update(whole, step) == [rows for pair in zip(*(update(p, step) for p in parts)) for rows in pair]
+    assert whole.order(np.array([300])) == whole.order(np.arange(290, 310))[10]
+
+
+def test_by_length_does_not_go_from_short_to_long():
+    sampler, lengths = by_length(n=2000, batch=16, accumulate=1, epochs=1.0)
+    means = np.array([lengths[sampler.rows(step)].mean() for step in range(120)])
+    assert abs(np.corrcoef(means, np.arange(120))[0, 1]) < 0.3

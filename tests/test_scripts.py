@@ -133,7 +133,7 @@ def test_an_infinite_gradient_on_one_rank_is_skipped_by_all(two):
     assert all(math.isfinite(r["train/loss"]) for r in lines[2:]) and lines[1]["lr"] == lines[2]["lr"]
     event, = [r for r in metrics(two / "inf") if "event" in r]
     rows = [sorted(event["rows"])]
-    assert event["step"] == 1 and "left out (1 in a row)" in event["event"] and len(rows[0]) == len(set(rows[0])) > 0
+    assert event["step"] == lines[1]["step"] == 2 and "left out (1 in a row)" in event["event"] and len(rows[0]) == len(set(rows[0])) > 0
     assert "not finite: update left out" in (two / "rank0.log").read_text(encoding="utf-8", errors="replace")
 
 
@@ -446,7 +446,7 @@ REFUSALS = {
     "eval_every 0": ("sft", lambda t, w: {"eval_every": 0}, "at least 1"),
     "batch 0": ("sft", lambda t, w: {"batch_size": 0}, "at least 1"),
     "no such device": ("rm", lambda t, w: {"device": "gpu"}, "is no device"),
-    "fp16 on the CPU": ("pretrain", lambda t, w: {"dtype": "float16"}, "needs a GPU"),
+    "no such type": ("pretrain", lambda t, w: {"dtype": "fp8"}, "--dtype fp8 is unknown"),
     "no such base": ("sft", lambda t, w: {"init_from": str(t / "none")}, "holds no checkpoint"),
     "truncated checkpoint": ("sft", lambda t, w: {"init_from": copy_of(w / "base" / "step_00000007", t / "c", lambda d: truncate(d / "model.pt"))},
                              "damaged"),
@@ -517,3 +517,51 @@ def test_common_flags_have_the_same_names_everywhere(stage):
               "eval_every", "save_every", "log_every"}
     assert common <= SCRIPTS[stage].Config.__dataclass_fields__.keys()
     assert parse(SCRIPTS[stage].Config, []) == SCRIPTS[stage].Config()
+
+
+# ---- watching and stopping -----------------------------------------------------------------------------------------
+
+def test_patience_stops_the_run_and_best_holds_what_was_best(world, tmp_path, capsys):
+    """A rate that ruins the model: after three evaluations without a better one the run ends, in good order and for good,
+    and OUT/best is the checkpoint from before."""
+    words = dict(max_steps=60, eval_every=2, patience=3, learning_rate=0.5, min_lr=0.5, warmup_steps=1, keep=1)
+    records = start("pretrain", world, tmp_path, **words)
+    losses = {r["step"]: r["val/loss"] for r in records if "val/loss" in r}
+    best = min(losses, key=losses.get)
+    assert max(losses) == best + 6 < 60 and "early stop" in capsys.readouterr().out
+    if best:
+        assert checkpoint.load(tmp_path / "best")[2]["step"] == best
+    before = weights(tmp_path)
+    assert len(train_lines(start("pretrain", world, tmp_path, **words, resume="auto"))) == len(train_lines(records))
+    assert largest_difference(weights(tmp_path), before) == 0
+
+
+def test_milestones_stay_for_good(world, tmp_path):
+    """As Pythia keeps them, the untrained model included."""
+    start("sft", world, tmp_path, max_steps=8, milestones=["0", "1", "2", "4"], save_every=3, keep=1)
+    assert sorted(int(p.name[5:]) for p in tmp_path.glob("step_*")) == [0, 1, 2, 4, 8]
+    assert largest_difference(weights(tmp_path / "step_00000000"), weights(tmp_path / "step_00000001")) > 0
+
+
+def test_decay_factor_sets_the_length_of_the_cosine(world, tmp_path):
+    """0.5: at the floor after half of the run."""
+    lines = train_lines(start("pretrain", world, tmp_path, max_steps=8, decay_factor=0.5, log_every=1, warmup_steps=0))
+    assert [r["lr"] == pytest.approx(lines[-1]["lr"]) for r in lines] == [False] * 3 + [True] * 5
+
+
+def test_tensorboard_shows_what_metrics_jsonl_says(world, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    lines = train_lines(start("pretrain", world, tmp_path, tensorboard=True))
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [(e.step, pytest.approx(e.value, rel=1e-6)) for e in board.Scalars("train/loss")] == [(r["step"], r["train/loss"]) for r in lines]
+    assert {"val/loss", "train/lr", "train/grad_norm", "train/tokens_per_s"} <= set(board.Tags()["scalars"])
+
+
+def test_time_in_the_log_goes_on_over_a_resume(world, tmp_path):
+    """"time" is the seconds worked, so that curves over time have no jump where a run rested."""
+    first = start("pretrain", world, tmp_path, max_steps=3)[-1]["time"]
+    time.sleep(0.3)
+    records = start("pretrain", world, tmp_path, max_steps=6, resume="auto", override_schedule=True)
+    times = [r["time"] for r in records]
+    assert times == sorted(times) and next(r["time"] for r in records if r["step"] > 3) < first + 0.3

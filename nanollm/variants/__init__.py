@@ -61,8 +61,9 @@ def build(args, head="lm"):
             taken[part] = name
     model = RewardModel(args) if head == "reward" else Transformer(args)
     body = model.backbone if head == "reward" else model
+    drawn = set(body.parameters())
     for name, options in chosen:
         VARIANTS[name](body, **options)
-    if chosen:
+    if not drawn.issuperset(body.parameters()):
         body.init_weights()                                  # the new parts too, each matrix by its role
     return model

@@ -1,0 +1,106 @@
+"""What the notes say costs or saves time and memory in a training step, measured on this CPU: prints tables, writes a JSON.
+
+    python bench/precision.py --what batch         is a batch size that is a power of two faster?
+    python bench/precision.py --what memory        what backward keeps, and the time of a step: fp32, autocast, checkpointing
+"""
+import json
+import platform
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from nanollm import dist
+from nanollm.config import UserError, arg, run
+from nanollm.losses import cross_entropy
+from nanollm.model import ModelArgs, Transformer
+
+
+@dataclass
+class Config:
+    what: str = arg("batch", "batch | memory")
+    dim: int = arg(256, "width of the model; 4 layers, 4 heads")
+    vocab_size: int = arg(4096, "its vocabulary")
+    seq_len: int = arg(128, "its context", unit="tokens")
+    rows: int = arg(16, "rows a step for memory")
+    sizes: list = arg(["12", "15", "16", "17", "20", "24", "31", "32", "33"], "batch sizes for batch")
+    repeats: int = arg(7, "rounds; each runs every side once", least=1)
+    threads: int = arg(1, "threads of PyTorch", least=1)
+    out: str = arg("out/bench", "where the JSON goes")
+
+
+def step(model, rows, dtype):
+    """Forward and backward of one batch; seconds."""
+    tokens = torch.randint(0, model.args.vocab_size, (rows, model.args.max_seq_len + 1), generator=torch.Generator().manual_seed(0))
+    began = time.perf_counter()
+    with dist.autocast(torch.device("cpu"), dtype):
+        loss, count, _ = cross_entropy(model(tokens[:, :-1]), tokens[:, 1:])
+    (loss / count).backward()
+    seconds = time.perf_counter() - began
+    model.zero_grad()
+    return seconds
+
+
+def kept_bytes(model, rows, dtype):
+    """Bytes that autograd keeps between forward and backward, each storage once, weights and tables left out."""
+    own, kept = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}, {}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in own:
+            kept[t.untyped_storage().data_ptr()] = t
+        return t
+    tokens = torch.zeros(rows, model.args.max_seq_len, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), dist.autocast(torch.device("cpu"), dtype):
+        loss, _, _ = cross_entropy(model(tokens), tokens)
+    return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
+def batch(cfg, model):
+    sides = {int(size): [] for size in cfg.sizes}
+    for repeat in range(cfg.repeats + 1):                    # one after the other, round by round; the first round warms up
+        for size in sides:
+            sides[size].append(step(model, size, torch.float32))
+    print("| rows a batch | ms a row |\n|---|---|")
+    found = {size: 1e3 * statistics.median(times[1:]) / size for size, times in sides.items()}
+    for size, ms in found.items():
+        print(f"| {size} | {ms:.2f} |")
+    return found
+
+
+def memory(cfg, model):
+    sides = {"fp32": (torch.float32, False), "bf16 autocast": (torch.bfloat16, False), "fp32, checkpointing": (torch.float32, True),
+             "bf16 autocast, checkpointing": (torch.bfloat16, True)}
+    times, kept = {name: [] for name in sides}, {}
+    for repeat in range(cfg.repeats + 1):
+        for name, (dtype, model.checkpointing) in sides.items():
+            kept[name] = kept_bytes(model, cfg.rows, dtype)
+            times[name].append(step(model, cfg.rows, dtype))
+    print("| step | kept for backward, MB | of fp32 | ms a step | of fp32 |\n|---|---|---|---|---|")
+    found = {name: {"bytes": kept[name], "ms": 1e3 * statistics.median(times[name][1:])} for name in sides}
+    for name, f in found.items():
+        print(f"| {name} | {f['bytes'] / 1e6:.1f} | {f['bytes'] / found['fp32']['bytes']:.2f} | {f['ms']:.0f} | {f['ms'] / found['fp32']['ms']:.2f} |")
+    return found
+
+
+def main(cfg):
+    whats = {"batch": batch, "memory": memory}
+    if cfg.what not in whats:
+        raise UserError(f"--what {cfg.what} is unknown; use one of {', '.join(whats)}")
+    torch.set_num_threads(cfg.threads)
+    torch.manual_seed(0)
+    model = Transformer(ModelArgs(dim=cfg.dim, n_layers=4, n_heads=4, vocab_size=cfg.vocab_size, max_seq_len=cfg.seq_len))
+    print(f"PyTorch {torch.__version__}, {cfg.threads} thread(s), dim {cfg.dim}, 4 layers, vocabulary {cfg.vocab_size}, T {cfg.seq_len}")
+    found = whats[cfg.what](cfg, model)
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    (Path(cfg.out) / f"precision_{cfg.what}.json").write_text(json.dumps({"torch": torch.__version__, "machine": platform.processor() or platform.machine(),
+                                                                          "threads": cfg.threads, "found": found}, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)
