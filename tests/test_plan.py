@@ -67,7 +67,22 @@ def test_the_formula_for_activations_is_what_autograd_keeps(changes, dtype, mask
     """To within 1 %: so that a change of the model that keeps more or less shows here, and the plan cannot rot."""
     args = ModelArgs(**SMALL | changes)
     *_, held = step_of(args, 4, dtype, mask=mask)
-    assert plan.activations(args, 4, dtype, mask=mask) == pytest.approx(held, rel=0.01)
+    assert plan.activations(args, 4, dtype, mask=mask, device="cpu") == pytest.approx(held, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"attention": "naive"}], ids=str)
+def test_the_formula_for_a_gpu_is_that_of_the_plain_path(changes, dtype, monkeypatch):
+    """A GPU runs the plain formulas, attention in the compute type. The CPU can be made to: by_hand off, and attention not told
+    of autocast. (The fused kernels keep the same tensors on both.)"""
+    args = ModelArgs(**SMALL | changes)
+    monkeypatch.setattr("nanollm.model.by_hand", lambda x: False)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *kind: False)
+    model, tokens = build(args).train(), torch.randint(0, args.vocab_size, (4, args.max_seq_len))
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        _, held = plan.kept_by_autograd(model, lambda: model.hidden(tokens))
+    d_hidden = 4 * args.dim * tokens.numel()
+    assert plan.activations(args, 4, dtype) == pytest.approx(held + d_hidden, rel=0.01)
 
 
 SHAPES = {"wide vocabulary": (ModelArgs(dim=64, n_layers=2, n_heads=4, vocab_size=20_000, max_seq_len=64), 4),
@@ -81,7 +96,7 @@ def test_the_four_parts_of_memory_are_what_the_tensors_add_up_to(name, optimizer
     """Weights, gradients and optimizer states to the byte, activations and the sum to within 10 % (they come to 1 %)."""
     args, rows = SHAPES[name]
     weights, gradients, states, held = step_of(args, rows, optimizer=optimizer)
-    m = plan.memory(args, rows, optimizer=optimizer)
+    m = plan.memory(args, rows, optimizer=optimizer, device="cpu")
     assert (m["weights"], m["optimizer"]) == (weights, states)
     assert gradients in (m["gradients"], 0) or optimizer == "muon"                  # Muon's step gives the blocks' gradients back
     assert m["activations"] == pytest.approx(held, rel=0.1)
@@ -92,9 +107,9 @@ def test_checkpointing_keeps_the_blocks_inputs_and_the_insides_of_one():
     """What autograd keeps is the inputs; the plan adds one block's insides, which exist again during the backward pass."""
     args = ModelArgs(**SMALL)
     *_, held = step_of(args, 4, checkpointing=True)
-    insides = 4 * args.max_seq_len * sum(plan.block_activations(args, torch.float32).values())
-    assert plan.activations(args, 4, torch.float32, checkpointing=True) == pytest.approx(held + insides, rel=0.02)
-    assert held < plan.activations(args, 4, torch.float32) / 4
+    insides = 4 * args.max_seq_len * sum(plan.block_activations(args, torch.float32, "cpu").values())
+    assert plan.activations(args, 4, torch.float32, checkpointing=True, device="cpu") == pytest.approx(held + insides, rel=0.02)
+    assert held < plan.activations(args, 4, torch.float32, device="cpu") / 3
 
 
 RSS = """
@@ -133,7 +148,7 @@ def test_the_plan_is_near_the_memory_that_a_process_really_takes(name):
     shape, rows = LARGE[name]
     out = subprocess.run([sys.executable, "-c", RSS, repr(shape), str(rows)], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
     assert out.returncode == 0, out.stderr
-    assert plan.memory(ModelArgs(**shape), rows)["total"] * plan.HEAP == pytest.approx(int(out.stdout), rel=0.35)
+    assert plan.memory(ModelArgs(**shape), rows, device="cpu")["total"] * plan.HEAP == pytest.approx(int(out.stdout), rel=0.35)
 
 
 # ---- what is printed --------------------------------------------------------------------------------------------------
@@ -286,7 +301,7 @@ def test_the_notes_arithmetic():
     args = ModelArgs(dim=512, n_layers=12, n_heads=8, vocab_size=64793, max_seq_len=512, tie_embeddings=False)
     kept = sum(plan.block_activations(args, torch.bfloat16).values())
     assert kept == 28_456 and round(kept / (512 * 2)) == 28                                   # the notes count one of these tensors
-    assert sum(plan.block_activations(args, torch.float32).values()) == 42_536
+    assert sum(plan.block_activations(args, torch.float32, "cpu").values()) == 32_936
     m, P = plan.memory(args, 16, torch.bfloat16), parameter_count(plan.on_meta(args))["total"]
     assert m["weights"] + m["gradients"] + m["optimizer"] == 16 * P                           # weights are a quarter of the states
     states = 16 * P / 1e9
