@@ -34,8 +34,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         exact = torch.promote_types(dtype, torch.float32)    # sums, and all that waits for the backward pass, at least in fp32
-        scale = min(32.0, 2**13 / chunk) if dtype == torch.float16 else 1.0      # fp16 ends at 6e-8: lift small p - y; sums stay far below 65,504
-        fast = ONEDNN and kind == "cpu" and dtype == torch.float32         # 1.5 times MKL's speed for this product (docs/speed.md)
+        scale = min(32.0, 2**13 / min(chunk, len(targets) + 1)) if dtype == torch.float16 else 1.0      # fp16 ends at 6e-8: lift small p - y; sums stay far below 65,504
+        fast = ONEDNN and kind == "cpu" and dtype == torch.float32         # MKL is slow at this shape (docs/speed.md)
         w = weight.to(dtype)
         loss = torch.zeros((), dtype=exact, device=hidden.device)
         d_hidden = torch.empty_like(hidden, dtype=exact) if wanted[0] else None
@@ -73,13 +73,13 @@ class LinearCrossEntropy(torch.autograd.Function):
 @torch.compiler.disable                                      # matrix products and one softmax: nothing to fuse
 def linear_cross_entropy(hidden, weight, targets, chunk=0):
     """cross_entropy(hidden @ weight.T, targets) and its gradients, without ever holding more than `chunk` rows of logits
-    (0: as many as fit into 64 MB of fp32 on the CPU, 1 GB elsewhere).
+    (0: as many as fit into 64 MB of fp32 on the CPU; 4,096 on a GPU, which small products and many launches would leave idle).
 
     hidden (B, T, C), weight (V, C), targets (B, T) -> (sum of -log p in nats, number of targets, {}). Under autocast the
     products run in its type. Without gradients (torch.no_grad, a frozen weight) their work is left out. The backward pass
     may run once.
     """
-    chunk = chunk or max(1, 2 ** (24 if hidden.device.type == "cpu" else 28) // len(weight))
+    chunk = chunk or (2**24 // len(weight) + 1 if hidden.device.type == "cpu" else 4096)
     hidden, targets = hidden.flatten(0, 1), targets.flatten()                              # (N, C), (N,)
     if hidden.device.type == "cpu":                          # prompts and padding need no logits; a GPU would have to wait for their number
         hidden, targets = hidden[targets != IGNORE_INDEX], targets[targets != IGNORE_INDEX]

@@ -148,7 +148,6 @@ class Attention(nn.Module):
 
 
 def swiglu(gate, up):
-    """silu(gate) * up, with silu(z) = z sigmoid(z)."""
     return SwiGLUByHand.apply(gate, up) if by_hand(gate) else F.silu(gate) * up
 
 
@@ -181,20 +180,9 @@ class TransformerBlock(nn.Module):
         return x + self.feed_forward(self.ffn_norm(x))
 
 
-def causal_mask(T, cache=None, segments=None, seen=None, device=None):
-    """Which of the S tokens read so far (their segments: seen) each of the T newest may look at: itself and what came
-    before, in its own segment. (…, T, S) bool, or None where attention needs no mask to be causal."""
-    start = cache.length if cache is not None else 0
-    if segments is None and (start == 0 or T == 1):          # is_causal does it (it assumes S = T), or a lone query sees all
-        return None
-    mask = torch.ones(T, start + T, dtype=torch.bool, device=device).tril(start)
-    return mask if segments is None else mask & (segments[:, None, :, None] == seen[:, None, None, :])     # (B, 1, T, S)
-
-
 # ---- the same formulas with their derivatives by hand ------------------------------------------------------------
-# On the CPU in fp32 nobody fuses these steps for us: autograd keeps every intermediate tensor and walks through memory
-# once for each. By hand a step keeps its inputs and little else. Elsewhere (half precision, GPU, torch.compile, which
-# fuses by itself) the plain formulas above run; a test holds the two against each other.
+# On the CPU in fp32 nobody fuses these steps for us: autograd keeps every intermediate tensor and walks through memory once
+# for each. By hand a step keeps its inputs. Elsewhere (GPU, half precision, torch.compile) the plain formulas above run.
 
 ONEDNN = torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, "_linear_pointwise", None)      # a b^T for fp32
 
@@ -206,51 +194,40 @@ def by_hand(x):
 
 class RMSNormByHand(torch.autograd.Function):
     """y = w * n with n = x r, r = 1 / rms(x):  dx = r (w g - n mean(w g n)),  dw = sum over tokens of g n."""
-
     @staticmethod
     def forward(ctx, x, w, eps):
         r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()      # (B, T, 1)
         ctx.save_for_backward(x, w, r)
         return (x * r).mul_(w)
-
     @staticmethod
     def backward(ctx, g):
         x, w, r = ctx.saved_tensors
-        n = x * r
+        n, wg = x * r, w * g
         dw = (g * n).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        wg = g * w
         return wg.sub_(n.mul_((wg * n).mean(-1, keepdim=True))).mul_(r), dw, None
 
 
 class RotateByHand(torch.autograd.Function):
     """RoPE; the derivative of a rotation is the rotation back."""
-
-    @staticmethod
-    def rotate(x, cos, sin):
-        half, y = x.size(-1) // 2, x * cos
-        y[..., :half].addcmul_(x[..., half:], sin[..., half:], value=-1)
-        y[..., half:].addcmul_(x[..., :half], sin[..., :half])
-        return y
-
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return RotateByHand.rotate(x, cos, sin)
-
+        half, y = x.size(-1) // 2, x * cos                   # (B, H, T, D)
+        y[..., :half].addcmul_(x[..., half:], sin[..., half:], value=-1)
+        y[..., half:].addcmul_(x[..., :half], sin[..., :half])
+        return y
     @staticmethod
     def backward(ctx, g):
         cos, sin = ctx.saved_tensors
-        return RotateByHand.rotate(g, cos, -sin), None, None
+        return RotateByHand.apply(g, cos, -sin), None, None
 
 
 class SwiGLUByHand(torch.autograd.Function):
     """Keeps gate and up; silu(gate) is computed again."""
-
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
         return F.silu(gate).mul_(up)
-
     @staticmethod
     def backward(ctx, g):
         gate, up = ctx.saved_tensors
@@ -260,17 +237,25 @@ class SwiGLUByHand(torch.autograd.Function):
 class LinearByHand(torch.autograd.Function):
     """y = x W^T, dx = g W, dW = g^T x. PyTorch's CPU build brings two matrix libraries and sends fp32 to MKL; oneDNN is the
     faster one for the first two products where MKL does not use all of the processor (docs/speed.md)."""
-
     @staticmethod
     def forward(ctx, x, w):
         ctx.save_for_backward(x, w)
         return ONEDNN(x, w, None, "none", [], "")
-
     @staticmethod
     def backward(ctx, g):
         x, w = ctx.saved_tensors
         dx = ONEDNN(g.contiguous(), w.t(), None, "none", [], "") if ctx.needs_input_grad[0] else None
         return dx, g.flatten(0, -2).t() @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+
+
+def causal_mask(T, cache=None, segments=None, seen=None, device=None):
+    """Which of the S tokens read so far (their segments: seen) each of the T newest may look at: itself and what came
+    before, in its own segment. (…, T, S) bool, or None where attention needs no mask to be causal."""
+    start = cache.length if cache is not None else 0
+    if segments is None and (start == 0 or T == 1):          # is_causal does it (it assumes S = T), or a lone query sees all
+        return None
+    mask = torch.ones(T, start + T, dtype=torch.bool, device=device).tril(start)
+    return mask if segments is None else mask & (segments[:, None, :, None] == seen[:, None, None, :])     # (B, 1, T, S)
 
 
 class KVCache:
@@ -356,11 +341,9 @@ class Transformer(nn.Module):
         mask = self.mask(T, cache, segments, seen, tokens.device)
         cos, sin = self.rope_cos[start : start + T], self.rope_sin[start : start + T]
         x = self.dropout(self.tok_embeddings(tokens))                                     # (B, T, C)
-        for layer in self.layers:
-            if self.checkpointing and torch.is_grad_enabled() and cache is None:          # Chen et al. 2016, arXiv:1604.06174
-                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)             # dropout draws the same masks again
-            else:
-                x = layer(x, cos, sin, mask, cache)
+        again = self.checkpointing and torch.is_grad_enabled() and cache is None          # Chen et al. 2016, arXiv:1604.06174;
+        for layer in self.layers:                                                         # dropout draws the same masks again
+            x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False) if again else layer(x, cos, sin, mask, cache)
         return self.norm(x)
 
     def forward(self, tokens, segments=None, cache=None, head=None):
