@@ -170,7 +170,7 @@ def working(args, rows, dtype, gpus, parallel, accumulating, device="cuda"):
     what no block holds."""
     s, V, C = dtype.itemsize, args.vocab_size, args.dim
     n = parameter_count(on_meta(args))
-    chunk = min(rows * args.max_seq_len, max(1, 2 ** (24 if device == "cpu" else 28) // V))       # as losses.linear_cross_entropy cuts them
+    chunk = min(rows * args.max_seq_len, 2**24 // V + 1 if device == "cpu" else 4096)       # as losses.linear_cross_entropy cuts them
     bytes = chunk * V * (4 if s == 4 else 4 + 2 * s) + (2 * s * V * C if s < 4 else 0)            # and the 16-bit weight and its gradient
     if accumulating:
         bytes += 4 * V * C
