@@ -342,3 +342,21 @@ def test_scaling_refuses_sizes_that_predict_nothing():
                          (dict(sizes=["2x16", "2x30", "2x40"]), "8 divides")):
         with pytest.raises(config.UserError, match=message):
             scaling.main(scaling.Config(**bad))
+
+
+@pytest.mark.parametrize("page", ["docs/planner.md", "docs/zh/planner.md"])
+def test_the_tables_of_the_page_are_computed(page):
+    """Memory of the notes' 12 layers on four cards, the presets and the bytes of a block, as the page quotes them."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    args = ModelArgs(dim=512, n_layers=12, n_heads=8, vocab_size=64793, max_seq_len=512, tie_embeddings=False)
+    for how, checkpointing, name in (("ddp", False, "ddp"), ("ddp", True, "ddp + checkpointing"), ("zero1", False, "zero1"),
+                                     ("fsdp", False, "fsdp (ZeRO-3)"), ("tp", False, "tp"), ("pipeline", False, "pipeline")):
+        m = plan.memory(args, 16, torch.bfloat16, parallel=how, gpus=4, checkpointing=checkpointing, accumulating=True)
+        assert f"| {name} | " + " | ".join(f"{b / 1e9:.2f}" for b in m.values()) + " |" in text
+    gpu, cpu = plan.block_activations(args, torch.bfloat16), plan.block_activations(args, torch.float32, "cpu")
+    for a, b in (*zip(gpu.values(), cpu.values()), (sum(gpu.values()), sum(cpu.values()))):
+        assert re.search(rf"\| {a:,} \|.*\| {b:,} \|", text)
+    for path in NOTES:
+        first, second, _ = arithmetic(path)
+        tokens, best = re.search(r"= ([\d,]+) tokens an update", first)[1], re.search(r"Chinchilla: (.*) tokens,", second)[1]
+        assert re.search(rf"`{path.stem}`.* \| {first[4:].split(' parameters')[0]} \| .* \| {tokens} \| {best} \|", text)
