@@ -3,7 +3,6 @@ and a kill -9 that leaves no trace in the result."""
 import json
 import math
 import os
-import random
 import re
 import shutil
 import signal
@@ -321,24 +320,6 @@ def test_the_real_script_killed_from_outside_resumes_bit_for_bit(world, tmp_path
     assert killed_from_outside("pretrain", world, out, (out / "step_00000010" / "meta.json").exists) == -signal.SIGKILL
     start("pretrain", world, tmp_path / "straight", **LONG, gradient_accumulation_steps=8)
     start("pretrain", world, out, **LONG, gradient_accumulation_steps=8, resume="auto")
-    same_run(out, tmp_path / "straight")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_twenty_kills_at_any_moment_change_nothing(world, tmp_path, variant):
-    """Killed from outside 20 times, a random 0 to 400 ms after its first sign of life, then left to finish."""
-    out, dice = tmp_path / "killed", random.Random(0)
-    for _ in range(20):
-        before, born = set(out.glob("*")), []
-
-        def when(delay=dice.random() * 0.4):
-            if not born and (set(out.glob("*")) - before or (before and (out / "metrics.jsonl").exists())):
-                born.append(time.time())
-            return born and time.time() > born[0] + delay
-        killed_from_outside(variant, world, out, when)
-    start(variant, world, out, **LONG, gradient_accumulation_steps=8, resume="auto")
-    start(variant, world, tmp_path / "straight", **LONG, gradient_accumulation_steps=8)
     same_run(out, tmp_path / "straight")
 
 
