@@ -282,7 +282,8 @@ def killed(tmp_path_factory):
 def same_run(a, b):
     """Equal training and validation values at every step, and weights equal bit for bit."""
     def values(out):
-        return [(r["step"], {k: v for k, v in r.items() if k not in ("step", "tokens_per_s", "time")}) for r in metrics(out)]
+        return [(r["step"], {k: v for k, v in r.items() if k not in ("step", "tokens_per_s", "time")}) for r in metrics(out)
+                if not r.get("event", "").startswith("rollback")]          # a kill between the deed and the word leaves it unsaid
     assert values(a) == values(b)
     assert largest_difference(weights(a), weights(b)) == 0
 

@@ -340,9 +340,9 @@ def test_twenty_updates_without_effect_in_a_row_end_in_advice(world, tmp_path, m
 
 def test_rollback_goes_back_slows_down_and_restores_the_rate(world, tmp_path, monkeypatch, capsys):
     """The notes' recipe. Infinite from update 20 on at the full rate: after the 20th of them (step 40) back to the newest checkpoint at
-    least 12 updates old (24 would be poisoned weights' younger brother, 28 too young), a tenth of the rate up to step 52, then all of it."""
+    least 12 updates old (28, which --keep 1 alone would have removed), a tenth of the rate up to step 52, then all of it."""
     poisoned(monkeypatch, 20, 41)
-    words = options("pretrain", world, tmp_path, max_steps=60, save_every=4, keep=0, schedule="constant", rollback=12)
+    words = options("pretrain", world, tmp_path, max_steps=60, save_every=4, keep=1, schedule="constant", rollback=12)
     train_pretrain.main(train_pretrain.Config(**words))
     done = lines(tmp_path)
     assert [r["step"] for r in done] == list(range(1, 61)) and all(r["grad_norm"] is not None for r in done[28:])
