@@ -315,8 +315,9 @@ def test_compile_changes_no_result():
         loss.backward()
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
     assert difference(*({n: p.grad for n, p in m.named_parameters()} for m in (model, plain))) < 1e-4
-    assert list(generate(model, [1, 2, 3], 4)) == list(generate(plain, [1, 2, 3], 4))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert list(generate(model, [1, 2, 3], 4, temperature=0)) == list(generate(plain, [1, 2, 3], 4, temperature=0))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs > 0
 
 
 def test_compile_never_recompiles_after_warm_up(monkeypatch):
