@@ -112,9 +112,10 @@ def init(device="auto", parallel="ddp", tp=1):
         raise UserError(f"--tp {tp}: {size} process(es) do not split into groups of {tp}; start a multiple of {tp} with torchrun --nproc_per_node")
     if 1 < tp < size and parallel != "fsdp" or parallel == "none" and size > tp:
         raise UserError(f"--parallel {parallel} --tp {tp} leaves no work for {size} processes: use --parallel fsdp, or start only {tp}")
-    timeout = os.environ.get("NANOLLM_TIMEOUT", "600")
-    if not timeout.isdecimal():
-        raise UserError(f"NANOLLM_TIMEOUT is {timeout!r}: give a number of seconds")
+    seconds = os.environ.get("NANOLLM_TIMEOUT", "600")
+    if not seconds.isdecimal():
+        raise UserError(f"NANOLLM_TIMEOUT is {seconds!r}: give a number of seconds")
+    timeout = datetime.timedelta(seconds=int(seconds))
     device = choose_device(device, local_rank, local_size)
     if device.type == "cpu" and local_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":     # 1 is torchrun's own choice
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -122,12 +123,13 @@ def init(device="auto", parallel="ddp", tp=1):
     if size > 1 and not torch_dist.is_initialized():
         if os.name == "nt":
             os.environ.setdefault("USE_LIBUV", "0")          # the Windows wheels are built without libuv
-        torch_dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                      timeout=datetime.timedelta(seconds=int(timeout)))
+        torch_dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     ctx = Context(rank // tp, local_rank, size // tp, device, rank == 0, parallel, tp)
     if size > 1 and (parallel == "fsdp" or tp > 1):
         ctx.mesh = torch_dist.device_mesh.init_device_mesh(device.type, (size // tp, tp), mesh_dim_names=("dp", "tp"))
         ctx.group = ctx.mesh["dp"].get_group()
+        for group in ctx.mesh.get_all_groups():              # they begin with torch's default of up to 30 minutes
+            torch_dist.distributed_c10d._set_pg_timeout(timeout, group)
     if size > 1 and ctx.main:
         print(f"{size} processes ({parallel}, tp {tp}), {torch.get_num_threads()} thread(s) each", flush=True)
     if not ctx.main:
