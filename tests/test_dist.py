@@ -302,6 +302,41 @@ def test_compile_falls_back_with_one_line(monkeypatch, capsys):
     assert dist.compiled(model, False) is model
 
 
+def test_compile_changes_no_result_and_never_recompiles_after_warm_up():
+    """Two rounds over everything a run does: full and ragged batches, with segments and without, activation checkpointing, validation
+    without gradients, answers with a cache, a new lambda as head each time. The first may compile, the second may not."""
+    from nanollm.generate import generate, generate_batch
+    from nanollm.losses import linear_cross_entropy
+    torch._dynamo.reset()
+    model, plain = tiny_lm(), tiny_lm()
+    assert dist.compiled(model, True) is model and str(model) == str(plain) and model.state_dict().keys() == plain.state_dict().keys()
+    ids = torch.randint(0, 300, (4, 49), generator=torch.Generator().manual_seed(0))
+    segments = torch.arange(48).expand(4, 48) // 20
+
+    def losses(model):
+        found = []
+        for rows in (4, 4, 3, 2, 1):
+            x, y = ids[:rows, :-1], ids[:rows, 1:]
+            for s in (None, segments[:rows]):
+                for model.checkpointing in (False, True):
+                    loss, _, _ = model.train()(x, s, head=lambda h, output: linear_cross_entropy(h, output.weight, y))
+                    loss.backward()
+                    found += [loss.item(), model.layers[0].attention.wq.weight.grad.norm().item()]
+                    model.zero_grad()
+                with torch.no_grad():
+                    found.append(model.eval()(x, s, head=lambda h, output: linear_cross_entropy(h, output.weight, y))[0].item())
+        return found + list(generate(model, [1, 2, 3], 4)) + generate_batch(model, [[1, 2], [3]], 4, pad_id=0)[0][0]
+
+    want = losses(plain)
+    assert losses(model) == pytest.approx(want, rel=1e-4)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert losses(model) == pytest.approx(want, rel=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    print(graphs)
+
+
 def test_finish_gives_ctrl_c_back(monkeypatch):
     """After a run in a notebook, Ctrl-C is the notebook's again; a stopped run ends with code 130."""
     import signal
