@@ -192,6 +192,7 @@ def compiled(model, wanted):
     except Exception as e:
         print(f"warning: --compile has no effect: {type(e).__name__}, {str(e).splitlines()[0][:100]}", flush=True)
         return model
+    torch._dynamo.config.recompile_limit = 64                 # 8 of those kinds would be too few, and the ninth never be compiled
     for layer in getattr(model, "backbone", model).layers:
         layer.compile()
     return model
