@@ -37,7 +37,7 @@ from nanollm.config import UserError, arg, run
 from nanollm.losses import cross_entropy, linear_cross_entropy
 from nanollm.model import ModelArgs, flops_per_token, parameter_count
 from nanollm.optim import make_optimizer, update
-from nanollm.plan import HARDWARE, memory, working
+from nanollm.plan import HARDWARE, memory
 from nanollm.variants import build
 
 # name: (vocabulary, rows a step, where the shape stands or the shape). Equal blocks, ours against GPT-2's: the last two.
@@ -171,10 +171,7 @@ def measure(name, mode, loss, ctx, dtype, cfg):
         wait(device)
         seconds.append((time.perf_counter() - began) / steps)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    planned = None                                           # the planner knows the chunked loss; its chunks are larger on a GPU
-    if loss == "chunked":
-        parts = memory(args, rows, dtype)
-        planned = parts["total"] - parts["working"] + working(args, dtype, 1, "ddp", False, 256 if device.type == "cpu" else 4096)
+    planned = memory(args, rows, dtype, device=device.type)["total"] if loss == "chunked" else None        # it knows the chunked loss only
     assert torch.stack(losses).isfinite().all()
     per_s = rows * T / statistics.median(seconds)
     return {"shape": name, "mode": mode, "parameters": parameter_count(raw)["total"], "loss": loss, "rows": rows, "T": T, "vocab_size": vocab_size,
