@@ -179,15 +179,23 @@ def autocast(device, dtype):
 
 
 def compiled(model, wanted):
-    """torch.compile(model) if wanted and a compiler is there; otherwise the model itself, with one line that says why."""
+    """Compile the model's blocks in place if wanted and a compiler is there; otherwise one line says why not. Returns model.
+
+    All blocks run the same code, so one of them is compiled and serves all: seconds, not minutes. Embedding, mask, head and
+    loss stay as they are, so a new lambda as head, a checkpoint or a hook costs no compilation. Each of training and evaluation,
+    with segments and without, is compiled when it is first seen; a second batch shape once more, for all shapes then.
+    """
     if not wanted:
         return model
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8))     # torch only finds out at the first call
-        return torch.compile(model)
     except Exception as e:
         print(f"warning: --compile has no effect: {type(e).__name__}, {str(e).splitlines()[0][:100]}", flush=True)
         return model
+    torch._dynamo.config.recompile_limit = 64                 # 8 of those kinds would be too few, and the ninth never be compiled
+    for layer in getattr(model, "backbone", model).layers:
+        layer.compile()
+    return model
 
 
 class DDP(torch.nn.Module):

@@ -2,6 +2,7 @@
 
 `worker` runs in two gloo processes and writes what it saw; the tests compare that with one process on the same rows.
 """
+import functools
 import os
 import types
 
@@ -18,7 +19,7 @@ from nanollm import config, dist
 from nanollm.config import UserError
 from nanollm.corpus.pack import write_tokens
 from nanollm.data import ChatRows, PreferenceRows, TokenFile
-from nanollm.losses import IGNORE_INDEX
+from nanollm.losses import IGNORE_INDEX, linear_cross_entropy
 from nanollm.model import RewardModel
 from nanollm.sampler import Sampler
 
@@ -395,6 +396,53 @@ def test_compile_falls_back_with_one_line(monkeypatch, capsys):
     assert dist.compiled(model, True) is model
     assert capsys.readouterr().out == "warning: --compile has no effect: RuntimeError, no C++ compiler\n"
     assert dist.compiled(model, False) is model
+
+
+def test_compile_changes_no_result():
+    """Compiled in place: same tree, same names, same loss and gradients; an answer with a cache does not run into it."""
+    from nanollm.generate import generate
+    torch._dynamo.reset()
+    model, plain = tiny_lm(n_layers=1), tiny_lm(n_layers=1)
+    assert dist.compiled(model, True) is model and str(model) == str(plain) and model.state_dict().keys() == plain.state_dict().keys()
+    ids = torch.randint(0, 300, (3, 33), generator=torch.Generator().manual_seed(0))
+    losses = [linear_cross_entropy(m.hidden(ids[:, :-1]), m.output.weight, ids[:, 1:])[0] for m in (model, plain)]
+    for loss in losses:
+        loss.backward()
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
+    assert difference(*({n: p.grad for n, p in m.named_parameters()} for m in (model, plain))) < 1e-4
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert list(generate(model, [1, 2, 3], 4, temperature=0)) == list(generate(plain, [1, 2, 3], 4, temperature=0))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs > 0
+
+
+def test_compile_never_recompiles_after_warm_up(monkeypatch):
+    """Two rounds over everything a run does: full and ragged batches, with segments and without, activation checkpointing, validation
+    without gradients, a new lambda as head each time. The first round may compile, the second may not. (Which graphs there are is
+    decided before the code generator, so the test leaves that out.)"""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    model = dist.compiled(tiny_lm(), True)
+    ids = torch.randint(0, 300, (4, 33), generator=torch.Generator().manual_seed(0))
+    segments = torch.arange(32).expand(4, 32) // 20
+
+    def losses():
+        found = []
+        for rows in (4, 3, 2, 1):
+            x, y = ids[:rows, :-1], ids[:rows, 1:]
+            for s in (None, segments[:rows]):
+                for model.checkpointing in (False, True):
+                    loss, _, _ = model.train()(x, s, head=lambda h, output: linear_cross_entropy(h, output.weight, y))
+                    loss.backward()
+                    found.append(loss.item())
+                with torch.no_grad():
+                    found.append(model.eval()(x, s, head=lambda h, output: linear_cross_entropy(h, output.weight, y))[0].item())
+        return found
+
+    first = losses()
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert losses() == pytest.approx(first, rel=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs > 1
 
 
 def test_finish_gives_ctrl_c_back(monkeypatch):
