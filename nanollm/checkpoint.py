@@ -307,7 +307,8 @@ class Saver:
             free = shutil.disk_usage(aside_of(self.out_dir, at.step)).free
         except OSError as e:
             return f"could not write into {self.out_dir}: {e.strerror}; free some disk space or change --out_dir"
-        return "" if free > 1.02 * need else f"a checkpoint in {self.out_dir} needs {need / 2**20:,.0f} MB and the disk has {free / 2**20:,.0f}; free some disk space"
+        sizes = f"{need / 2**20:,.0f} MB and the disk has {free / 2**20:,.0f}"
+        return "" if free > 1.02 * need else f"a checkpoint in {self.out_dir} needs {sizes}; free some disk space, then go on with --resume auto"
 
     def resume(self):
         """The Progress that --resume asks for, its state in place.
