@@ -16,7 +16,7 @@ from nanollm import checkpoint, dist, evaluation, peft
 from nanollm.config import UserError, arg, run
 from nanollm.data import Ahead, PreferenceRows
 from nanollm.log import Logger
-from nanollm.losses import IGNORE_INDEX, dpo_loss, sequence_logps
+from nanollm.losses import IGNORE_INDEX, dpo_loss, linear_sequence_logps
 from nanollm.mixture import ByLength
 from nanollm.model import parameter_count
 from nanollm.optim import Guard, get_lr, make_optimizer, update
@@ -83,13 +83,14 @@ def preference_loss(model, reference, inputs, targets, beta, nll_weight=0.0):
     nll_weight * (sum of -log pi over the chosen answers) is added: DPO sees only the difference of the two sides, and
     may lower both (RPO, Pang et al. 2024, eq. 2)."""
     segments = mark_prefix(model, None, targets)                               # None unless the policy is a prefix-LM
-    logps, counts = sequence_logps(model(inputs, segments), targets)           # (2B,) sums over the answer's tokens
+    head = lambda h, output: linear_sequence_logps(h, output, targets)
+    logps, counts = model(inputs, segments, head=head)                         # (2B,) sums over the answer's tokens
     with torch.no_grad():
         if reference is None:
             with peft.disable_adapter(model):
-                ref_logps, _ = sequence_logps(model(inputs, segments), targets)
+                ref_logps, _ = model(inputs, segments, head=head)
         else:
-            ref_logps, _ = sequence_logps(reference(inputs, segments), targets)
+            ref_logps, _ = reference(inputs, segments, head=head)
     loss, count, metrics = dpo_loss(logps, ref_logps, counts, beta)
     return loss - nll_weight * logps.chunk(2)[0].sum(), count, metrics
 

@@ -40,7 +40,8 @@ def generate(model, ids, max_new_tokens, stop_ids=(), generator=None, **sampling
     device, cache = next(model.parameters()).device, model.cache(model)
     fresh = ids
     for _ in range(max_new_tokens if cache.endless else min(max_new_tokens, room - len(ids))):
-        logits = model(torch.tensor([fresh], device=device), cache=cache)[:, -1]
+        with torch.compiler.set_stance("force_eager"):            # a token a call: no shape stays long enough to compile for it
+            logits = model(torch.tensor([fresh], device=device), cache=cache)[:, -1]
         token = sample(logits, seen=[ids], generator=generator, **sampling).item()
         if token in stop_ids:
             return
@@ -50,6 +51,7 @@ def generate(model, ids, max_new_tokens, stop_ids=(), generator=None, **sampling
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")
 def generate_batch(model, prompts, max_new_tokens, pad_id, stop_ids=(), generator=None, **sampling):
     """Answers to many prompts at once: prompts is a list of lists of ids -> (list of new ids, list of bool).
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 IGNORE_INDEX = -100
+ONEDNN = torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, "_linear_pointwise", None)      # a b^T for fp32 on the CPU
 
 
 def cross_entropy(logits, targets):
@@ -33,23 +34,30 @@ class LinearCrossEntropy(torch.autograd.Function):
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         exact = torch.promote_types(dtype, torch.float32)    # sums, and all that waits for the backward pass, at least in fp32
-        scale = min(32.0, 2**13 / chunk) if dtype == torch.float16 else 1.0      # fp16 ends at 6e-8: lift small p - y; sums stay far below 65,504
+        scale = min(32.0, 2**13 / min(chunk, len(targets) + 1)) if dtype == torch.float16 else 1.0      # fp16 ends at 6e-8: lift small p - y
+        fast = ONEDNN and kind == "cpu" and dtype == torch.float32         # MKL is slow at this shape (docs/speed.md)
         w = weight.to(dtype)
         loss = torch.zeros((), dtype=exact, device=hidden.device)
         d_hidden = torch.empty_like(hidden, dtype=exact) if wanted[0] else None
         d_weight = torch.zeros_like(weight, dtype=exact) if wanted[1] else None
         for i in range(0, len(targets), chunk):
             h, t = hidden[i : i + chunk].to(dtype), targets[i : i + chunk]
-            logp = torch.log_softmax((h @ w.T).to(exact), -1)                              # (chunk, V), the one large tensor
+            logits = ONEDNN(h, w, None, "none", [], "") if fast else h @ w.T               # (chunk, V), the one large tensor
+            logp = logits.to(exact)
+            logp = torch.log_softmax(logp, -1, out=logp)                                   # in its place
             loss += F.nll_loss(logp, t, ignore_index=IGNORE_INDEX, reduction="sum")
             if not any(wanted):
                 continue
             counts = (t != IGNORE_INDEX).unsqueeze(-1)                                     # (chunk, 1)
-            d = logp.exp_().scatter_add_(1, t.clamp(min=0).unsqueeze(-1), -torch.ones_like(logp[:, :1])).mul_(scale).to(dtype)
+            d = logp.exp_().scatter_add_(1, t.clamp(min=0).unsqueeze(-1), -torch.ones_like(logp[:, :1]))       # p - y
+            if dtype != exact:
+                d = d.mul_(scale).to(dtype)
             if wanted[0]:
                 d_hidden[i : i + chunk] = (d @ w).to(exact) * counts / scale
-            if wanted[1]:
-                d_weight += (d.T @ (h * counts)).to(exact) / scale
+            if wanted[1] and dtype == exact:
+                d_weight.addmm_(d.T, h * counts)             # adds up inside the product: one walk through memory less
+            elif wanted[1]:
+                d_weight.add_(d.T @ (h * counts), alpha=1 / scale)
         ctx.kept = d_hidden, d_weight, hidden.dtype, weight.dtype
         return loss
 
@@ -62,15 +70,16 @@ class LinearCrossEntropy(torch.autograd.Function):
         return d_hidden, d_weight, None, None, None
 
 
+@torch.compiler.disable                                      # matrix products and one softmax: nothing to fuse
 def linear_cross_entropy(hidden, weight, targets, chunk=0):
     """cross_entropy(hidden @ weight.T, targets) and its gradients, without ever holding more than `chunk` rows of logits
-    (0 = 256 on the CPU, whose cache they should fit; 4,096 on a GPU, which small products and many launches would leave idle).
+    (0: as many as fit into 64 MB of fp32 on the CPU; 4,096 on a GPU, which small products and many launches would leave idle).
 
     hidden (B, T, C), weight (V, C), targets (B, T) -> (sum of -log p in nats, number of targets, {}). Under autocast the
     products run in its type. Without gradients (torch.no_grad, a frozen weight) their work is left out. The backward pass
     may run once.
     """
-    chunk = chunk or (256 if hidden.device.type == "cpu" else 4096)
+    chunk = chunk or (2**24 // len(weight) + 1 if hidden.device.type == "cpu" else 4096)
     hidden, targets = hidden.flatten(0, 1), targets.flatten()                              # (N, C), (N,)
     if hidden.device.type == "cpu":                          # prompts and padding need no logits; a GPU would have to wait for their number
         hidden, targets = hidden[targets != IGNORE_INDEX], targets[targets != IGNORE_INDEX]
@@ -87,6 +96,16 @@ def sequence_logps(logits, targets):
     chosen = logits.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)         # (B, T)
     logps = (chosen - logits.logsumexp(-1)) * mask
     return logps.sum(-1), mask.sum(-1)
+
+
+def linear_sequence_logps(hidden, output, targets):
+    """sequence_logps(output(hidden), targets) of hidden states (B, T, C) and an output layer. On the CPU prompts and padding
+    get no logits; a GPU would have to wait for the number of the others."""
+    if hidden.device.type != "cpu":
+        return sequence_logps(output(hidden), targets)
+    mask = targets != IGNORE_INDEX
+    logps = -F.cross_entropy(output(hidden[mask]).float(), targets[mask], reduction="none")       # (N,)
+    return logps.new_zeros(len(targets)).index_add(0, mask.nonzero()[:, 0], logps), mask.sum(-1)
 
 
 def dpo_loss(logps, ref_logps, counts, beta):

@@ -63,6 +63,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
+        if by_hand(x):
+            return RMSNormByHand.apply(x, self.weight, self.eps)
         return F.rms_norm(x.float(), (x.size(-1),), eps=self.eps).type_as(x) * self.weight
 
 
@@ -77,6 +79,8 @@ def rope_table(head_dim, length, theta, device=None):
 def apply_rope(x, cos, sin):
     """Rotate each pair (x_i, x_{i+D/2}) of x (B, H, T, D) by its position's angle; cos and sin are (T, D).
     The dot product of a rotated q and k depends only on the distance of their positions."""
+    if by_hand(x):
+        return RotateByHand.apply(x, cos, sin)
     x1, x2 = x.float().chunk(2, dim=-1)
     return (x.float() * cos + torch.cat((-x2, x1), dim=-1) * sin).type_as(x)
 
@@ -91,16 +95,23 @@ def naive_attention(q, k, v, mask, dropout_p=0.0):
     return probs @ v                                                  # (B, H, T, D)
 
 
+class Linear(nn.Linear):
+    def forward(self, x):
+        if ONEDNN and x.numel() >= 2**18 and by_hand(x) and type(self.weight) is nn.Parameter:      # smaller ones gain nothing
+            return LinearByHand.apply(x, self.weight)
+        return F.linear(x, self.weight)
+
+
 class Attention(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.n_heads, self.n_kv_heads = args.n_heads, args.n_kv_heads
         self.head_dim = args.dim // args.n_heads
         self.naive = args.attention == "naive"
-        self.wq = nn.Linear(args.dim, self.n_heads * self.head_dim, bias=False)
-        self.wk = nn.Linear(args.dim, self.n_kv_heads * self.head_dim, bias=False)
-        self.wv = nn.Linear(args.dim, self.n_kv_heads * self.head_dim, bias=False)
-        self.wo = nn.Linear(self.n_heads * self.head_dim, args.dim, bias=False)
+        self.wq = Linear(args.dim, self.n_heads * self.head_dim, bias=False)
+        self.wk = Linear(args.dim, self.n_kv_heads * self.head_dim, bias=False)
+        self.wv = Linear(args.dim, self.n_kv_heads * self.head_dim, bias=False)
+        self.wo = Linear(self.n_heads * self.head_dim, args.dim, bias=False)
         self.attn_dropout = nn.Dropout(args.dropout)
         self.resid_dropout = nn.Dropout(args.dropout)
 
@@ -136,18 +147,22 @@ class Attention(nn.Module):
         return self.resid_dropout(self.wo(out))
 
 
+def swiglu(gate, up):
+    return SwiGLUByHand.apply(gate, up) if by_hand(gate) else F.silu(gate) * up
+
+
 class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) * w3 x). w1 is the gate, w3 the up and w2 the down projection."""
 
     def __init__(self, args):
         super().__init__()
-        self.w1 = nn.Linear(args.dim, args.ffn_dim, bias=False)
-        self.w2 = nn.Linear(args.ffn_dim, args.dim, bias=False)
-        self.w3 = nn.Linear(args.dim, args.ffn_dim, bias=False)
+        self.w1 = Linear(args.dim, args.ffn_dim, bias=False)
+        self.w2 = Linear(args.ffn_dim, args.dim, bias=False)
+        self.w3 = Linear(args.dim, args.ffn_dim, bias=False)
         self.dropout = nn.Dropout(args.dropout)
 
     def forward(self, x):
-        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+        return self.dropout(self.w2(swiglu(self.w1(x), self.w3(x))))
 
 
 class TransformerBlock(nn.Module):
@@ -215,7 +230,7 @@ class Transformer(nn.Module):
         self.dropout = nn.Dropout(args.dropout)
         self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
-        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.output = Linear(args.dim, args.vocab_size, bias=False)
         if args.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
         cos, sin = rope_table(args.dim // args.n_heads, args.max_seq_len, args.rope_theta)
@@ -258,11 +273,9 @@ class Transformer(nn.Module):
         mask = self.mask(T, cache, segments, seen, tokens.device)
         cos, sin = self.rope_cos[start : start + T], self.rope_sin[start : start + T]
         x = self.dropout(self.tok_embeddings(tokens))                                     # (B, T, C)
-        for layer in self.layers:
-            if self.checkpointing and torch.is_grad_enabled() and cache is None:          # Chen et al. 2016, arXiv:1604.06174
-                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)             # dropout draws the same masks again
-            else:
-                x = layer(x, cos, sin, mask, cache)
+        again = self.checkpointing and torch.is_grad_enabled() and cache is None          # Chen et al. 2016, arXiv:1604.06174;
+        for layer in self.layers:                                                         # dropout draws the same masks again
+            x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False) if again else layer(x, cos, sin, mask, cache)
         return self.norm(x)
 
     def forward(self, tokens, segments=None, cache=None, head=None):
@@ -284,13 +297,7 @@ class RewardModel(nn.Module):
         self.v_head = nn.Linear(args.dim, 1, bias=False)
         nn.init.normal_(self.v_head.weight, std=1 / math.sqrt(args.dim + 1))
 
-    @property
-    def checkpointing(self):
-        return self.backbone.checkpointing
-
-    @checkpointing.setter
-    def checkpointing(self, on):
-        self.backbone.checkpointing = on
+    checkpointing = property(lambda self: self.backbone.checkpointing, lambda self, on: setattr(self.backbone, "checkpointing", on))
 
     def forward(self, tokens, segments=None):
         h = self.backbone.hidden(tokens, segments)                                        # (B, T, C)
@@ -322,3 +329,71 @@ def flops_per_token(model, seq_len):
     a = model.args
     multiplied = sum(m.weight.numel() * getattr(m, "share", 1) for m in model.modules() if isinstance(m, nn.Linear))
     return round(6 * multiplied) + 12 * a.n_layers * a.dim * seq_len
+
+
+# ---- the same formulas with their derivatives by hand ------------------------------------------------------------
+# On the CPU in fp32 nobody fuses these steps for us: autograd keeps every intermediate tensor and walks through memory once
+# for each. By hand a step keeps its inputs. Elsewhere (GPU, half precision, torch.compile) the plain formulas above run.
+
+ONEDNN = torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, "_linear_pointwise", None)      # a b^T for fp32
+
+
+def by_hand(x):
+    plain = type(x) is torch.Tensor and x.dtype == torch.float32 and x.device.type == "cpu"
+    return plain and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+
+
+class RMSNormByHand(torch.autograd.Function):
+    """y = w * n with n = x r, r = 1 / rms(x):  dx = r (w g - n mean(w g n)),  dw = sum over tokens of g n."""
+    @staticmethod
+    def forward(ctx, x, w, eps):
+        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()      # (B, T, 1)
+        ctx.save_for_backward(x, w, r)
+        return (x * r).mul_(w)
+    @staticmethod
+    def backward(ctx, g):
+        x, w, r = ctx.saved_tensors
+        n, wg = x * r, w * g
+        dw = (g * n).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return wg.sub_(n.mul_((wg * n).mean(-1, keepdim=True))).mul_(r), dw, None
+
+
+class RotateByHand(torch.autograd.Function):
+    """RoPE; the derivative of a rotation is the rotation back."""
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        half, y = x.size(-1) // 2, x * cos                   # (B, H, T, D)
+        y[..., :half].addcmul_(x[..., half:], sin[..., half:], value=-1)
+        y[..., half:].addcmul_(x[..., :half], sin[..., :half])
+        return y
+    @staticmethod
+    def backward(ctx, g):
+        cos, sin = ctx.saved_tensors
+        return RotateByHand.apply(g, cos, -sin), None, None
+
+
+class SwiGLUByHand(torch.autograd.Function):
+    """Keeps gate and up; silu(gate) is computed again."""
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+    @staticmethod
+    def backward(ctx, g):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(g * up, gate), F.silu(gate).mul_(g)
+
+
+class LinearByHand(torch.autograd.Function):
+    """y = x W^T, dx = g W, dW = g^T x. PyTorch's CPU build brings two matrix libraries and sends fp32 to MKL; oneDNN is the
+    faster one for the first two products where MKL does not use all of the processor (docs/speed.md)."""
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return ONEDNN(x, w, None, "none", [], "")
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        dx = ONEDNN(g.contiguous(), w.t(), None, "none", [], "") if ctx.needs_input_grad[0] else None
+        return dx, g.flatten(0, -2).t() @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None

@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanollm.losses import IGNORE_INDEX, cross_entropy, dpo_loss, linear_cross_entropy, reward_loss, sequence_logps
+from nanollm.losses import (IGNORE_INDEX, cross_entropy, dpo_loss, linear_cross_entropy, linear_sequence_logps, reward_loss,
+                            sequence_logps)
 
 
 def random(*shape, seed=0):
@@ -151,6 +152,29 @@ def test_sequence_logps_by_hand():
     logps, counts = sequence_logps(logits, torch.tensor([[0, IGNORE_INDEX], [1, 0]]))
     torch.testing.assert_close(logps, torch.tensor([math.log(3 / 4), -2 * math.log(2)]))
     assert counts.tolist() == [1, 2]
+
+
+def test_linear_sequence_logps_equals_logits_for_all():
+    """Sums, counts and gradients as if every place had logits; a row without targets counts as nothing."""
+    g = torch.Generator().manual_seed(3)
+    hidden, output = torch.randn(4, 6, 8, generator=g), torch.nn.Linear(8, 11, bias=False)
+    targets = torch.randint(0, 11, (4, 6), generator=g).masked_fill(torch.rand(4, 6, generator=g) < 0.5, IGNORE_INDEX)
+    targets[2] = IGNORE_INDEX
+    results = []
+    for logps_of in (lambda h: sequence_logps(output(h), targets), lambda h: linear_sequence_logps(h, output, targets)):
+        h = hidden.clone().requires_grad_()
+        logps, counts = logps_of(h)
+        results.append((logps, counts, *torch.autograd.grad((logps * torch.arange(1.0, 5)).sum(), (h, output.weight))))
+    for plain, chosen in zip(*results):
+        torch.testing.assert_close(chosen, plain)
+    assert results[1][1][2] == 0 and results[1][0][2] == 0
+
+
+def test_prompts_and_padding_get_no_logits_on_the_cpu():
+    seen = []
+    output = lambda h: seen.append(len(h)) or h
+    linear_sequence_logps(torch.randn(2, 5, 7), output, torch.tensor([[IGNORE_INDEX] * 4 + [1], [IGNORE_INDEX, 2, 3, IGNORE_INDEX, IGNORE_INDEX]]))
+    assert seen == [3]
 
 
 def dpo(logps, ref, counts=None, beta=0.1):

@@ -235,8 +235,15 @@ def test_dpo_loss_and_gradient_on_random_logits_equal_trls(seed, rpo_alpha):
     reference = 3 * torch.randn(2 * B, T, V, generator=g)
     targets = torch.where(batch["completion_mask"][:, 1:] == 1, batch["input_ids"][:, 1:], IGNORE_INDEX)
     ref_logps, counts = sequence_logps(reference[:, :-1], targets)
-    loss, count, _ = train_dpo.preference_loss(lambda inputs: logits[:, :-1], lambda inputs: reference[:, :-1], None, targets, 0.1,
-                                               rpo_alpha * B / counts[:B].sum())
+
+    class Given(torch.nn.Module):
+        def __init__(self, logits):
+            super().__init__()
+            self.logits = logits
+
+        def forward(self, inputs, segments, head):
+            return head(self.logits[:, :-1], torch.nn.Identity())
+    loss, count, _ = train_dpo.preference_loss(Given(logits), Given(reference), None, targets, 0.1, rpo_alpha * B / counts[:B].sum())
     ours, = torch.autograd.grad(loss / count, logits)
 
     class Model(torch.nn.Module):
