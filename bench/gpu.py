@@ -18,6 +18,7 @@ import functools
 import gc
 import itertools
 import json
+import re
 import statistics
 import sys
 import time
@@ -34,21 +35,20 @@ sys.path.insert(0, str(ROOT))
 from nanollm import dist
 from nanollm.config import UserError, arg, run
 from nanollm.losses import cross_entropy, linear_cross_entropy
-from nanollm.model import ModelArgs, Transformer, flops_per_token, parameter_count
+from nanollm.model import ModelArgs, flops_per_token, parameter_count
 from nanollm.optim import make_optimizer, update
+from nanollm.plan import HARDWARE, memory
+from nanollm.variants import build
 
 # name: (vocabulary, rows a step, where the shape stands or the shape). Equal blocks, ours against GPT-2's: the last two.
-GPT2 = dict(dim=768, n_layers=12, n_heads=12, max_seq_len=1024)
 SHAPES = {
     "baby_llama2_92m": (64793, 64, "configs/notes/baby_llama2_92m.toml"),
     "baby_llama2_218m": (64793, 24, "configs/notes/baby_llama2_218m.toml"),
     "zero_chatgpt_159m": (32006, 32, "configs/notes/zero_chatgpt_159m.toml"),
-    "llama_124m": (50304, 32, {**GPT2, "hidden_dim": 2048}),
+    "llama_124m": (50304, 32, dict(dim=768, n_layers=12, n_heads=12, hidden_dim=2048, max_seq_len=1024)),
+    "gpt2_124m": (50304, 32, "configs/notes/gpt2_124m.toml"),
 }
 TINY = {"toy": (512, 2, dict(dim=32, n_layers=2, n_heads=2, max_seq_len=64))}
-# Dense TFLOP/s of the data sheets, for bf16 (fp16 on V100 and T4), by a part of the name that the driver gives.
-SHEET = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125, "RTX 4090": 165, "RTX 3090": 71,
-         "V100": 125, "T4": 65}
 
 
 @dataclass
@@ -144,7 +144,7 @@ def measure(name, mode, loss, ctx, dtype, cfg):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     torch.manual_seed(0)
-    raw = Transformer(args).to(device).train()
+    raw = build(args).to(device).train()
     model = dist.wrap(raw, ctx, mode == "compile")
     optimizer = make_optimizer(raw)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -171,21 +171,22 @@ def measure(name, mode, loss, ctx, dtype, cfg):
         wait(device)
         seconds.append((time.perf_counter() - began) / steps)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    planned = memory(args, rows, dtype, device=device.type)["total"] if loss == "chunked" else None        # it knows the chunked loss only
     assert torch.stack(losses).isfinite().all()
     per_s = rows * T / statistics.median(seconds)
     return {"shape": name, "mode": mode, "parameters": parameter_count(raw)["total"], "loss": loss, "rows": rows, "T": T, "vocab_size": vocab_size,
             "ms_a_step": 1e3 * statistics.median(seconds), "tokens_per_s": per_s, "flops_per_s": per_s * flops_per_token(raw, T),
-            "attention": kernel, "peak_bytes": peak}
+            "attention": kernel, "peak_bytes": peak, "planned_bytes": planned}
 
 
 def table(rows, peak, sheet):
-    lines = ["| shape | loss | mode | parameters | rows x T | ms a step | tokens/s | TFLOP/s | of matmul peak | of data sheet | attention | peak GiB |",
+    lines = ["| shape | loss | mode | parameters | rows x T | ms a step | tokens/s | TFLOP/s | of peak | of sheet | attention | peak GiB | planned |",
              "|---|---|---|---|---|---|---|---|---|---|---|---|"]
     for r in rows:
         percent = lambda p: f"{100 * r['flops_per_s'] / p:.1f} %" if p else "-"
-        memory = f"{r['peak_bytes'] / 2**30:.2f}" if r["peak_bytes"] else "-"
-        lines.append(f"| {r['shape']} | {r['loss']} | {r['mode']} | {r['parameters']:,} | {r['rows']} x {r['T']} | {r['ms_a_step']:.1f} | {r['tokens_per_s']:,.0f} "
-                     f"| {r['flops_per_s'] / 1e12:.2f} | {percent(peak)} | {percent(sheet)} | {r['attention']} | {memory} |")
+        peak_gib, planned_gib = (f"{r[k] / 2**30:.2f}" if r[k] else "-" for k in ("peak_bytes", "planned_bytes"))
+        lines.append(f"| {r['shape']} | {r['loss']} | {r['mode']} | {r['parameters']:,} | {r['rows']} x {r['T']} | {r['ms_a_step']:.1f} "
+                     f"| {r['tokens_per_s']:,.0f} | {r['flops_per_s'] / 1e12:.2f} | {percent(peak)} | {percent(sheet)} | {r['attention']} | {peak_gib} | {planned_gib} |")
     return "\n".join(lines)
 
 
@@ -203,7 +204,7 @@ def main(cfg):
     ctx = dist.init(cfg.device)
     dtype = dist.choose_dtype("bfloat16" if cfg.device == "cpu" and cfg.dtype == "auto" else cfg.dtype, ctx.device)
     machine = torch.cuda.get_device_name(ctx.device) if ctx.device.type == "cuda" else "CPU"
-    sheet = next((1e12 * t for part, t in SHEET.items() if part in machine), None)
+    sheet = next((1e12 * tflops for name, (tflops, *_) in HARDWARE.items() if re.search(rf"\b{name}\b", machine.lower())), None)
     peak = matmul_peak(ctx.device, dtype, cfg.tiny)
     print(f"{machine}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}, {dtype}; matmul peak {peak / 1e12:.1f} TFLOP/s, data sheet "
           f"{sheet / 1e12 if sheet else float('nan'):.0f}", flush=True)

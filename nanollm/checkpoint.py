@@ -97,7 +97,7 @@ def save(run_dir, step, model, tokenizer, stage, config, training=None, keep=2, 
         raise UserError(f"could not write the checkpoint {final}: {e}; free some disk space or change --out_dir, "
                         f"then go on with --resume auto") from None
     whole = sorted(p for p in run_dir.glob(PREFIX + "*") if is_whole(p))
-    kept = {best_of(whole), *whole[-keep:]} if keep else set(whole)
+    kept = {best_of(whole), *whole[-keep:], *to_go_back_to(whole, step, config)} if keep else set(whole)
     for old in whole:
         if old not in kept and not meta_of(old).get("milestone"):
             gone = run_dir / f"{ASIDE}{old.name}"             # a kill in the middle of removing must not leave half a checkpoint
@@ -105,6 +105,20 @@ def save(run_dir, step, model, tokenizer, stage, config, training=None, keep=2, 
             old.rename(gone)
             shutil.rmtree(gone, ignore_errors=True)
     return final
+
+
+def step_of(path):
+    return int(path.name.removeprefix(PREFIX))
+
+
+def to_go_back_to(paths, step, config):
+    """The checkpoints that --rollback may need at `step` or later: the newest that is N updates old, and those after it. Only those of
+    --save_every count: where a run goes back to must not depend on when somebody stopped it."""
+    if not getattr(config, "rollback", 0):
+        return []
+    regular = [p for p in paths if step_of(p) % config.save_every == 0]
+    old = [p for p in regular if step_of(p) <= step - config.rollback]
+    return regular[max(len(old) - 1, 0):]
 
 
 def tensors(tree):
@@ -367,7 +381,7 @@ class Saver:
 
     def abandon(self, paths):
         """Give checkpoints another name, so that nothing takes them for this run's. Returns the last one's step."""
-        last = int(paths[-1].name.removeprefix(PREFIX))
+        last = step_of(paths[-1])
         self.ctx.barrier()                                    # every rank has seen them
         for path in paths if self.ctx.main else []:
             shutil.rmtree(path.with_name("abandoned_" + path.name), ignore_errors=True)
@@ -383,16 +397,16 @@ class Saver:
             raise UserError(f"{at.in_a_row} updates in a row had a loss or gradient that is not finite" + (" after three rollbacks" if cfg.rollback else "")
                             + f"; look at the rows that {cfg.out_dir}/metrics.jsonl names, lower --learning_rate, or let --rollback 100 go back by itself")
         whole = [p for p in sorted(self.out_dir.glob(PREFIX + "*")) if is_whole(p, checksums=True)]
-        old = [p for p in whole if int(p.name.removeprefix(PREFIX)) <= at.step - cfg.rollback]
-        if not old:
+        old = to_go_back_to(whole, at.step, cfg)[:1]
+        if not old or step_of(old[0]) > at.step - cfg.rollback:
             raise UserError(f"--rollback {cfg.rollback}: no checkpoint in {cfg.out_dir} is that many updates older than step {at.step}; lower --save_every "
                             f"or --learning_rate")
-        back = self.load(old[-1])
+        back = self.load(old[0])
         back.slow_until, back.rollbacks = at.step + cfg.rollback, at.rollbacks + 1
-        if len(whole) > len(old):
-            self.abandon(whole[len(old):])
+        if later := [p for p in whole if p.name > old[0].name]:
+            self.abandon(later)
         if ctx.main:                                          # killed from here on, the run goes on slowly too
-            write_meta(old[-1], meta_of(old[-1]) | {"progress": dataclasses.asdict(back)})
+            write_meta(old[0], meta_of(old[0]) | {"progress": dataclasses.asdict(back)})
         log.rewind(back)
         log.event(back.step, f"rollback from step {at.step}: up to step {back.slow_until} at {cfg.rollback_lr} of the rate")
         return back

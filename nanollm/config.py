@@ -144,18 +144,15 @@ def help_text(cls, doc):
 
 
 def unanswered(error):
-    """One sentence for a RuntimeError that a collective raised (gloo, NCCL, the meeting at master_addr); None for any other."""
-    text = str(error).splitlines()[0] if str(error) else ""
+    """One sentence for the RuntimeError of a collective (gloo, NCCL, the meeting at master_addr); None for any other."""
+    text = str(error).partition("\n")[0]
     if not type(error).__name__.startswith("Dist") and not any(word in text for word in ("gloo", "Gloo", "NCCL", "ProcessGroup")):
         return None
-    if "losed" in text or "reset" in text:
-        cause = "it has ended; its own message stands above, and if there is none, the system may have killed it for memory"
-    elif "connect" in text:
-        cause = "the first machine is not reachable: --master_addr and --master_port, a firewall, fewer launchers started than --nnodes says"
-    else:
-        cause = ("it hangs or died on a machine that is gone, has more work than this one (swap, a slow disk), or a firewall or the wrong network "
-                 "interface lies between (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME); NANOLLM_TIMEOUT=SECONDS waits longer")
-    return f"process {os.environ.get('RANK', 0)} got no answer from another one: {cause}. --resume auto goes on from the last checkpoint [{text[-120:]}]"
+    cause = ("it has ended; what it said stands above, and a process killed for memory says nothing" if "losed" in text or "reset" in text else
+             "--master_addr and --master_port are wrong or behind a firewall, or not all launchers were started" if "connect" in text else
+             "it hangs, has more work than this one (swap, a slow disk), or a firewall or the wrong network interface lies between "
+             "(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME); NANOLLM_TIMEOUT=SECONDS waits longer")
+    return f"process {os.environ.get('RANK', 0)} got no answer from another one: {cause}. --resume auto goes on from the last checkpoint [{text[-100:]}]"
 
 
 def run(main, cls, doc="", argv=None):

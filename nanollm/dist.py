@@ -40,8 +40,8 @@ class Context:
         return tuple(t if t is None else t.to(self.device, non_blocking=True) for t in batch)
 
     def share(self, batches):
-        """This rank's part of a list of batches of row numbers, filled up with empty ones: where weights are sharded, every
-        forward pass is a collective, so all ranks must make the same number of them."""
+        """This rank's part of a list of batches, filled up with empty ones: a forward pass over sharded weights is a collective, so
+        all ranks must make the same number of them."""
         return [*batches, *[[]] * (-len(batches) % self.world_size)][self.rank :: self.world_size]
 
     def sum(self, value):
@@ -99,10 +99,8 @@ def choose_device(device="auto", local_rank=0, local_size=1):
 
 def init(device="auto", parallel="ddp", tp=1):
     """Join the group that torchrun describes in RANK, LOCAL_RANK and WORLD_SIZE, or be a world of one; from here to
-    finish(), Ctrl-C and SIGTERM ask the loop to save and stop instead of ending the process.
-
-    parallel: ddp, fsdp or none; tp: processes that share each matrix. A collective that is not answered within
-    NANOLLM_TIMEOUT seconds (600) ends the run. Raises UserError for what cannot be started like this."""
+    finish(), Ctrl-C and SIGTERM ask the loop to save and stop instead of ending the process. tp: processes that share each
+    matrix. A collective without an answer for NANOLLM_TIMEOUT seconds (600) ends the run (config.unanswered)."""
     rank, local_rank, size, local_size = (int(os.environ.get(k, d)) for k, d in
                                           (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
     missing = [k for k in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
@@ -114,10 +112,10 @@ def init(device="auto", parallel="ddp", tp=1):
         raise UserError(f"--tp {tp}: {size} process(es) do not split into groups of {tp}; start a multiple of {tp} with torchrun --nproc_per_node")
     if 1 < tp < size and parallel != "fsdp" or parallel == "none" and size > tp:
         raise UserError(f"--parallel {parallel} --tp {tp} leaves no work for {size} processes: use --parallel fsdp, or start only {tp}")
-    try:
-        timeout = datetime.timedelta(seconds=float(os.environ.get("NANOLLM_TIMEOUT", 600)))
-    except (ValueError, OverflowError):
-        raise UserError(f"NANOLLM_TIMEOUT is {os.environ['NANOLLM_TIMEOUT']!r}: give a number of seconds") from None
+    seconds = os.environ.get("NANOLLM_TIMEOUT", "600")
+    if not seconds.isdecimal():
+        raise UserError(f"NANOLLM_TIMEOUT is {seconds!r}: give a number of seconds")
+    timeout = datetime.timedelta(seconds=int(seconds))
     device = choose_device(device, local_rank, local_size)
     if device.type == "cpu" and local_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":     # 1 is torchrun's own choice
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -130,6 +128,8 @@ def init(device="auto", parallel="ddp", tp=1):
     if size > 1 and (parallel == "fsdp" or tp > 1):
         ctx.mesh = torch_dist.device_mesh.init_device_mesh(device.type, (size // tp, tp), mesh_dim_names=("dp", "tp"))
         ctx.group = ctx.mesh["dp"].get_group()
+        for group in ctx.mesh.get_all_groups():              # they begin with torch's default of up to 30 minutes
+            torch_dist.distributed_c10d._set_pg_timeout(timeout, group)
     if size > 1 and ctx.main:
         print(f"{size} processes ({parallel}, tp {tp}), {torch.get_num_threads()} thread(s) each", flush=True)
     if not ctx.main:
@@ -192,6 +192,7 @@ def compiled(model, wanted):
     except Exception as e:
         print(f"warning: --compile has no effect: {type(e).__name__}, {str(e).splitlines()[0][:100]}", flush=True)
         return model
+    torch._dynamo.config.recompile_limit = 64                 # 8 of those kinds would be too few, and the ninth never be compiled
     for layer in getattr(model, "backbone", model).layers:
         layer.compile()
     return model
@@ -201,12 +202,11 @@ class DDP(torch.nn.Module):
     """Data parallelism by hand: every rank holds the whole model and reads its own rows; gradients are averaged.
 
     - At the start rank 0 broadcasts its weights and buffers.
-    - Every p.grad is a view into a bucket, one flat tensor for many parameters, in reverse order of use. When the
-      backward pass has filled a bucket, its all-reduce starts in place, without a copy, while the earlier layers are
-      still being differentiated (Li et al. 2020, section 3.2).
+    - Gradients live in buckets, flat tensors for many parameters in reverse order of use: a fresh gradient is divided by the
+      number of ranks straight into its place while it is still in the cache, and p.grad becomes a view. When the backward
+      pass has filled a bucket, its all-reduce starts, while earlier layers are still being differentiated (Li et al. 2020, 3.2).
     - `ddp.sync = False` before the forward of all but the last micro-batch: accumulate without talking.
     - `ddp.wait()` after the last backward: the averages are in place. Exactly one synchronisation an update.
-    - `ddp.zero_grad()` after the step, instead of the optimizer's, which would cut the views.
 
     Buckets are sent in one fixed order on all ranks, and a parameter that got no gradient counts as zero, so that
     ranks can never wait for each other's different messages. With world_size 1 nothing is installed.
@@ -231,34 +231,28 @@ class DDP(torch.nn.Module):
             p.register_post_accumulate_grad_hook(self._ready)
         for bucket in self.buckets:
             self.flats.append(torch.zeros(sum(p.numel() for p in bucket), dtype=bucket[0].dtype, device=bucket[0].device))
-            for p, part in zip(bucket, self.flats[-1].split([p.numel() for p in bucket])):
-                self.views[p] = p.grad = part.view_as(p)
+            self.views |= {p: part.view_as(p) for p, part in zip(bucket, self.flats[-1].split([p.numel() for p in bucket]))}
         self._bucket_of = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
         self._reset()
 
     def _reset(self):
-        self._missing = [len(bucket) for bucket in self.buckets]
+        self._missing = [set(bucket) for bucket in self.buckets]
         self._next = 0                                       # the next bucket to send: always in order
 
-    def _home(self, p):
-        """p.grad lies in its bucket, also if someone has set it to None since."""
-        if p.grad is not self.views[p]:
-            self.views[p].zero_() if p.grad is None else self.views[p].copy_(p.grad)
-            p.grad = self.views[p]
-
     def _ready(self, p):
-        self._home(p)
+        if self.sync or p.grad is not self.views[p]:
+            torch.mul(p.grad, 1 / self.ctx.world_size if self.sync else 1, out=self.views[p])
+            p.grad = self.views[p]
         if self.sync:
-            self._missing[self._bucket_of[p]] -= 1
-            while self._next < len(self.buckets) and self._missing[self._next] <= 0:
+            self._missing[self._bucket_of[p]].discard(p)
+            while self._next < len(self.buckets) and not self._missing[self._next]:
                 self._send()
 
     def _send(self):
-        for p in self.buckets[self._next]:
-            self._home(p)
-        flat = self.flats[self._next]
-        flat *= 1 / self.ctx.world_size                      # average, as torch's DDP does, before the sum: no overflow
-        self.pending.append(torch_dist.all_reduce(flat, async_op=True))
+        for p in self._missing[self._next]:                  # no gradient in this micro-batch: what earlier ones left, or zero
+            self.views[p].zero_() if p.grad is None else self.views[p].mul_(1 / self.ctx.world_size)
+            p.grad = self.views[p]
+        self.pending.append(torch_dist.all_reduce(self.flats[self._next], async_op=True))
         self._next += 1
 
     def wait(self):
@@ -274,14 +268,6 @@ class DDP(torch.nn.Module):
         self.rounds += 1
         self._reset()
 
-    def zero_grad(self, set_to_none=True):
-        """The next update starts from zero; the views stay what they are."""
-        super().zero_grad(set_to_none=True)
-        for flat in self.flats:
-            flat.zero_()
-        for p, view in self.views.items():
-            p.grad = view
-
     def forward(self, *args, **kwargs):
         return self.module(*args, **kwargs)
 
@@ -296,17 +282,13 @@ def wrap(raw, ctx, compile=False, dtype=torch.float32):
 
 
 def check_replicas(model, ctx):
-    """Raises UserError on every process if weights that are copies of each other differ: replicas that have drifted apart
-    train on without any sign of it. A hash over all bytes; called at each save."""
-    kind = ctx.rank if ctx.sharded else 0                    # with shards, only a tensor-parallel group holds copies
+    """Raises UserError on every process if weights that should be copies of each other differ: replicas that have drifted apart
+    train on without any sign of it. A hash over all bytes of what is not cut into slices; called at each save."""
     digest = hashlib.blake2b()
     for p in model.parameters():
-        if "tp" not in getattr(getattr(p, "device_mesh", None), "mesh_dim_names", ()):     # neither these: slices of their own
-            part = p.to_local() if hasattr(p, "to_local") else p
-            digest.update(part.detach().contiguous().cpu().view(torch.uint8).numpy())
-    seen = ctx.gather((kind, digest.hexdigest()))
-    first = dict(reversed(seen))                             # the first process of each kind
-    wrong = [i for i, (kind, digest) in enumerate(seen) if digest != first[kind]]
-    if wrong:
-        raise UserError(f"the weights of process(es) {', '.join(map(str, wrong))} are no longer copies of process {min(set(range(len(seen))) - set(wrong))}'s: "
-                        "bad memory, or another version of the code or of PyTorch there; go on from the last checkpoint with --resume auto")
+        if not hasattr(p, "to_local"):
+            digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
+    seen = ctx.gather(digest.hexdigest())
+    if wrong := [str(i) for i, other in enumerate(seen) if other != seen[0]]:
+        raise UserError(f"the weights of process(es) {', '.join(wrong)} are no longer copies of process 0's: bad memory, or another version of the "
+                        "code or of PyTorch there; go on from the last checkpoint with --resume auto")

@@ -34,7 +34,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         exact = torch.promote_types(dtype, torch.float32)    # sums, and all that waits for the backward pass, at least in fp32
-        scale = min(32.0, 2**13 / min(chunk, len(targets) + 1)) if dtype == torch.float16 else 1.0      # fp16 ends at 6e-8: lift small p - y; sums stay far below 65,504
+        scale = min(32.0, 2**13 / min(chunk, len(targets) + 1)) if dtype == torch.float16 else 1.0      # fp16 ends at 6e-8: lift small p - y
         fast = ONEDNN and kind == "cpu" and dtype == torch.float32         # MKL is slow at this shape (docs/speed.md)
         w = weight.to(dtype)
         loss = torch.zeros((), dtype=exact, device=hidden.device)

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as torch_dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
 
 from nanollm.config import UserError
 
@@ -31,7 +31,8 @@ FIRST, LAST = ("attention.wq", "attention.wk", "attention.wv", "feed_forward.w1"
 
 class Sharded(torch.nn.Module):
     """What the training loop calls, with the words of our DDP: sync, wait(), zero_grad(). `raw` itself is cut up, so the
-    optimizer is made after this. compiled: model -> model, torch.compile or nothing. dtype: what blocks are gathered in."""
+    optimizer is made after this. compiled: model -> model, torch.compile or nothing. dtype: what blocks are gathered in.
+    Raises UserError for a model that cannot be cut up so."""
 
     def __init__(self, raw, ctx, compiled=lambda model: model, dtype=torch.float32):
         super().__init__()
@@ -41,6 +42,8 @@ class Sharded(torch.nn.Module):
                 torch_dist.broadcast(tensor, src=0)
         if tp.size() > 1:
             tensor_parallel(raw, tp)
+            if not self.fsdp and dtype == torch.float16:
+                raise UserError("--dtype float16 with --tp alone: GradScaler takes whole tensors or slices, not both; use bfloat16, or --parallel fsdp too")
         if self.fsdp:
             # bf16: half the bytes to gather; gradients are still added up in fp32, and the slices stay fp32
             half = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False) if dtype != torch.float32 else MixedPrecisionPolicy()
@@ -82,12 +85,12 @@ def tensor_parallel(model, mesh):
         if value % n:
             raise UserError(f"--tp {n}: {name} {value} is not divisible by {n}; choose another --tp or shape")
     for block in blocks(model):
-        modules = dict(block.named_modules())
-        for name in FIRST + LAST:
-            if type(modules.get(name)) is not torch.nn.Linear:
-                what = "LoRA's adapters are" if hasattr(modules.get(name), "lora_A") else f"this model's {name} is"
-                raise UserError(f"--tp {n}: {what} not cut into slices; use --parallel fsdp instead")
-        parallelize_module(block, mesh, {**{w: ColwiseParallel() for w in FIRST}, **{w: RowwiseParallel() for w in LAST}})
+        names = {name for name, _ in block.named_parameters() if name.startswith(("attention.", "feed_forward."))}
+        if strange := sorted(names ^ {f"{name}.weight" for name in FIRST + LAST}):
+            raise UserError(f"--tp {n}: there is no plan for cutting this model's {strange[0]} (an adapter or a variant); use --parallel fsdp instead")
+        once = {name: PrepareModuleInput(input_layouts=layouts, desired_input_layouts=layouts) for name, layouts in
+                (("attention", (Replicate(), None, None, None, None)), ("feed_forward", (Replicate(),)))}     # one gradient all-reduce, not one a matrix
+        parallelize_module(block, mesh, {**once, **{w: ColwiseParallel() for w in FIRST}, **{w: RowwiseParallel() for w in LAST}})
         block.attention.n_heads //= n                                        # of this process
         block.attention.n_kv_heads //= n
 

@@ -94,21 +94,24 @@ def on_meta(args):
         return build(args)
 
 
-def block_activations(args, dtype, mask=False):
+def block_activations(args, dtype, device="cuda", mask=False):
     """Bytes per token that one block keeps for its backward pass, by what keeps them: {name: bytes}.
 
     Norms work in fp32 and keep their input and the normalised copy. A matrix product keeps its input; under autocast (a
-    2-byte dtype) each of them casts a copy of its own. mask: rows of several documents, whose mask the fused kernel turns
-    into numbers. Plain attention keeps the scores besides. Variants have no formula: one row is run and counted."""
+    2-byte dtype) each of them casts a copy of its own. On the CPU in fp32 the derivatives by hand keep less, and under
+    autocast attention stays in fp32 there. mask: rows of several documents, whose mask the fused kernel turns into numbers.
+    Plain attention keeps the scores besides. Variants have no formula: one row is run and counted."""
     if args.variants:
         return {"counted": counted(args, dtype)}
     s, C, F, H, T = dtype.itemsize, args.dim, args.ffn_dim, args.n_heads, args.max_seq_len
-    products = lambda n: n if s < 4 else 1
-    kept = {"attention_norm": 4 * (2 * C + 1), "input of wq wk wv": products(3) * s * C, "q k v": 3 * s * C, "input of wo": s * C,
-            "ffn_norm": 4 * (2 * C + 1), "input of w1 w3": products(2) * s * C, "gate, up, silu, product": 4 * s * F}
-    if args.attention == "naive":
-        return kept | {"scores": T * (H * (4 + (s if s < 4 else 0)) + 1)}
-    return kept | {"logsumexp": 4 * H} | ({"mask": s * T} if mask else {})
+    half, cpu, plain = s < 4, device == "cpu", args.attention == "naive"
+    a = 4 if cpu and not plain else s                                      # what attention computes in
+    norm = 4 * (C + 1) if cpu and not half else 4 * (2 * C + 1)
+    kept = {"attention_norm": norm, "input of wq wk wv": (3 if half else 1) * s * C, "q k v": 3 * a * C, "input of wo": a * C + (s * C if a > s else 0),
+            "ffn_norm": norm, "input of w1 w3": (2 if half else 1) * s * C, "inside of the FFN": (3 if cpu and not half else 4) * s * F}
+    if plain:
+        return kept | {"scores": T * (H * (4 + (s if half else 0)) + 1)}
+    return kept | {"logsumexp": 4 * H} | ({"mask": a * T} if mask else {})
 
 
 def kept_by_autograd(model, forward):
@@ -139,15 +142,16 @@ def counted(args, dtype):
     return (kept[2, 2] - kept[2, 1] - kept[1, 2] + kept[1, 1]) // T
 
 
-SPLIT_BY_TP = ("q k v", "input of wo", "gate, up, silu, product", "logsumexp", "scores")       # a process has its own heads and width only
+SPLIT_BY_TP = ("q k v", "input of wo", "inside of the FFN", "logsumexp", "scores")       # a process has its own heads and width only
 
 
-def activations(args, rows, dtype, checkpointing=False, mask=False):
+def activations(args, rows, dtype, checkpointing=False, mask=False, device="cuda"):
     """Bytes that the forward pass of `rows` rows keeps until the backward pass: blocks, last norm, the gradient at the chunked
     loss, and under autocast the 16-bit copies of the blocks' matrices. With checkpointing each block keeps its input, and
     the insides of one at a time exist again."""
-    n, block = rows * args.max_seq_len, sum(block_activations(args, dtype, mask).values())
-    ends = 8 + 4 * (2 * args.dim + 1) + 4 * args.dim                       # token ids; the last norm; d loss / d hidden
+    n, block = rows * args.max_seq_len, sum(block_activations(args, dtype, device, mask).values())
+    by_hand = device == "cpu" and dtype.itemsize == 4
+    ends = 8 + 4 * ((1 if by_hand else 2) * args.dim + 1) + 4 * args.dim    # token ids; the last norm; d loss / d hidden
     matrices = parameter_count(on_meta(args))
     copies = 0 if dtype.itemsize == 4 else dtype.itemsize * (matrices["attention"] + matrices["feed_forward"])
     per_token = args.n_layers * 4 * args.dim + block if checkpointing else args.n_layers * block
@@ -160,20 +164,23 @@ def optimizer_bytes(args, kind):
     return 8 * n["total"] - (4 * (n["attention"] + n["feed_forward"]) if kind == "muon" else 0)
 
 
-def working(args, dtype, gpus, parallel, accumulating, chunk=256):
-    """Bytes that come and go around the largest moment, the loss: a chunk's logits and log-probabilities, its share of the
-    output matrix's gradient, and under FSDP the weights gathered for the blocks at work and for what no block holds."""
+def working(args, rows, dtype, gpus, parallel, accumulating, device="cuda"):
+    """Bytes that come and go around the largest moment, the loss: a chunk's logits and log-probabilities, under accumulation the new
+    gradient of the output matrix beside the sum of those before, under FSDP the weights gathered for the blocks at work and for
+    what no block holds."""
     s, V, C = dtype.itemsize, args.vocab_size, args.dim
     n = parameter_count(on_meta(args))
-    bytes = chunk * V * 8 + V * C * (8 if s == 4 else 12)
+    chunk = min(rows * args.max_seq_len, 2**24 // V + 1 if device == "cpu" else 4096)       # as losses.linear_cross_entropy cuts them
+    bytes = chunk * V * (4 if s == 4 else 4 + 2 * s) + (2 * s * V * C if s < 4 else 0)            # and the 16-bit weight and its gradient
     if accumulating:
-        bytes += 4 * V * C                                                 # the new gradient beside the sum of those before
+        bytes += 4 * V * C
     if parallel == "fsdp" and gpus > 1:
         bytes += 2 * s * (n["attention"] + n["feed_forward"]) // args.n_layers + 4 * (n["embedding"] + n["output"])
     return bytes
 
 
-def memory(args, rows, dtype=torch.float32, optimizer="adamw", parallel="ddp", gpus=1, checkpointing=False, accumulating=False, mask=False):
+def memory(args, rows, dtype=torch.float32, optimizer="adamw", parallel="ddp", gpus=1, checkpointing=False, accumulating=False, mask=False,
+           device="cuda"):
     """Bytes on one GPU: {"weights", "gradients", "optimizer", "activations", "working", "total"}. rows: of max_seq_len tokens in a
     micro-batch. Masters, gradients and moments are fp32 (4 + 4 + 8 bytes a parameter).
 
@@ -182,7 +189,7 @@ def memory(args, rows, dtype=torch.float32, optimizer="adamw", parallel="ddp", g
     themselves, as many micro-batches under way as GPUs."""
     n = parameter_count(on_meta(args))
     blocks, P = n["attention"] + n["feed_forward"], n["total"]
-    kept = activations(args, rows, dtype, checkpointing, mask)
+    kept = activations(args, rows, dtype, checkpointing, mask, device)
     w, g, o = 4 * P, 4 * P, optimizer_bytes(args, optimizer)
     if parallel in ("zero1", "zero2", "fsdp"):
         o /= gpus
@@ -194,10 +201,10 @@ def memory(args, rows, dtype=torch.float32, optimizer="adamw", parallel="ddp", g
         sliced = blocks * (1 - 1 / gpus)
         w, g, o = w - 4 * sliced, g - 4 * sliced, o - (4 if optimizer == "muon" else 8) * sliced
     if parallel == "tp":
-        parts = block_activations(args, dtype, mask)
+        parts = block_activations(args, dtype, device, mask)
         inner = sum(parts.get(name, 0) for name in SPLIT_BY_TP) * (1 if checkpointing else args.n_layers)
         kept -= rows * args.max_seq_len * inner * (1 - 1 / gpus)
-    parts = {"weights": w, "gradients": g, "optimizer": o, "activations": kept, "working": working(args, dtype, gpus, parallel, accumulating)}
+    parts = {"weights": w, "gradients": g, "optimizer": o, "activations": kept, "working": working(args, rows, dtype, gpus, parallel, accumulating, device)}
     return {name: int(b) for name, b in parts.items()} | {"total": int(sum(parts.values()))}
 
 
@@ -209,7 +216,7 @@ def kv_cache(args, dtype):
 def steps(n_rows, batch_size, gradient_accumulation_steps, epochs=1.0):
     """Updates for so many epochs over n_rows rows, rounded up. gradient_accumulation_steps counts the micro-batches of all ranks
     together, as everywhere in nanollm; the notes count those of one rank: 16 rows x 4 x 4 GPUs is 16 x 16 here."""
-    return math.ceil(round(epochs * n_rows) / (batch_size * gradient_accumulation_steps))
+    return math.ceil(max(1, round(epochs * n_rows)) / (batch_size * gradient_accumulation_steps))
 
 
 def measured_peak(seconds=0.5):
@@ -317,7 +324,7 @@ def main(cfg):
     tokens = updates * rows * T or best
 
     what = "the run" if updates else "Chinchilla's tokens"
-    cost = dict(dtype=dtype, optimizer=cfg.optimizer, gpus=gpus, accumulating=G > gpus, mask=mask)
+    cost = dict(dtype=dtype, optimizer=cfg.optimizer, gpus=gpus, accumulating=G > gpus, mask=mask, device="cpu" if cfg.hardware == "cpu" else "cuda")
     mine = memory(args, cfg.batch_size, parallel=cfg.parallel, checkpointing=cfg.activation_checkpointing, **cost)
     unit, size = ("GB", 1e9) if mine["total"] >= 1e9 else ("MB", 1e6)
     print(f"\n{unit} on each of {gpus} GPU(s), {str(dtype)[6:]} compute over fp32 weights, {cfg.optimizer}, {cfg.batch_size} rows at a time")

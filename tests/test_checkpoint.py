@@ -144,6 +144,7 @@ def test_a_checkpoint_of_version_1_still_loads(tmp_path):
     """It named sizes only, and no validation loss."""
     path = save(tmp_path, 3, seed=4)
     meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+    del meta["seal"]
     meta |= {"version": 1, "files": {name: file["size"] for name, file in meta["files"].items()}}
     (path / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     assert checkpoint.load(tmp_path)[2]["step"] == 3
@@ -179,7 +180,7 @@ def test_another_tokenizer_in_the_checkpoint_is_refused(tmp_path, tok):
     other.save(path / "tokenizer")
     meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
     meta["files"] = {n: (path / n).stat().st_size for n in meta["files"]}
-    (path / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    checkpoint.write_meta(path, meta)
     with pytest.raises(UserError, match="tokenizer is not the one it was trained with"):
         checkpoint.load(tmp_path)
 
@@ -188,7 +189,7 @@ def test_weights_that_do_not_fit_the_described_shape_are_refused(tmp_path):
     path = save(tmp_path, 1)
     meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
     meta["model"]["n_layers"] = 1
-    (path / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    checkpoint.write_meta(path, meta)
     with pytest.raises(UserError, match="do not fit the model"):
         checkpoint.load(tmp_path)
 

@@ -116,3 +116,19 @@ def test_an_error_of_ours_keeps_its_traceback():
     """Only the user's mistakes are shortened: a bug must stay visible."""
     with pytest.raises(ZeroDivisionError):
         run(lambda cfg: 1 / 0, Config, "", [])
+
+
+def test_a_program_may_name_the_option_of_its_first_words(tmp_path, capsys):
+    """`python -m nanollm.plot OUT OUT --out X`: the words in front are --runs; and a program that reads another's preset names
+    the keys that it has no use for instead of refusing them."""
+    @dataclass
+    class Tool:
+        first = "runs"
+        any_preset = True
+        runs: list = arg([], "")
+        out: str = arg("", "")
+
+    assert parse(Tool, ["a", "b", "--out", "x"]) == Tool(["a", "b"], "x") == parse(Tool, ["--runs", "a", "b", "--out", "x"])
+    preset = tmp_path / "p.toml"
+    preset.write_text('out = "y"\nseed = 3\n', encoding="utf-8")
+    assert parse(Tool, ["a", "--config", str(preset)]) == Tool(["a"], "y") and "seed play no part here" in capsys.readouterr().out

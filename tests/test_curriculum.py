@@ -142,7 +142,7 @@ def test_model_difficulty_is_the_mean_loss_of_each_row(tmp_path, rows):
         with torch.no_grad():
             loss, count, _ = cross_entropy(model(x, s), y)
         assert got[r] == pytest.approx((loss / count).item(), rel=1e-5)
-    halves = [types.SimpleNamespace(rank=r, world_size=2, device=CTX.device, sum=lambda x: x) for r in range(2)]
+    halves = [types.SimpleNamespace(device=CTX.device, sum=lambda x: x, share=dist.Context(r, r, 2, CTX.device, r == 0).share) for r in range(2)]
     assert np.array_equal(sum(model_difficulty(model, data, half, PLAIN, batch_size=3) for half in halves), got)       # what all_reduce adds up
 
 

@@ -2,6 +2,7 @@
 
 `worker` runs in two gloo processes and writes what it saw; the tests compare that with one process on the same rows.
 """
+import functools
 import os
 import types
 
@@ -14,11 +15,11 @@ import train_pretrain
 import train_rm
 import train_sft
 from conftest import chats, pairs, run_ranks, stories, tiny_lm, tiny_tokenizer
-from nanollm import dist
+from nanollm import config, dist
 from nanollm.config import UserError
 from nanollm.corpus.pack import write_tokens
 from nanollm.data import ChatRows, PreferenceRows, TokenFile
-from nanollm.losses import IGNORE_INDEX
+from nanollm.losses import IGNORE_INDEX, linear_cross_entropy
 from nanollm.model import RewardModel
 from nanollm.sampler import Sampler
 
@@ -115,6 +116,29 @@ def worker(out):
         seen["torch", micro] = max((a.grad - b.grad).abs().max().item() for a, b in zip(ours.parameters(), theirs.parameters()))
         seen["norm", micro] = sum(p.grad.norm() for p in ours.parameters()).item()
 
+    # gradients are views into the buckets, also those that waited for the last micro-batch
+    spans = [(flat.data_ptr(), flat.data_ptr() + 4 * flat.numel()) for flat in ours.flats]
+    inside = lambda: all(any(a <= p.grad.data_ptr() < b for a, b in spans) for p in ours.parameters())
+    seen["views"] = [inside()]
+    ours.zero_grad()
+    for ours.sync in (False, True):
+        ours(x).square().mean().backward()
+        seen["views"].append(inside())
+    ours.wait()
+    seen["views"].append(inside())
+
+    # one flipped bit on one rank, seen by both
+    dist.check_replicas(ours, ctx)
+    if ctx.rank == 1:
+        next(ours.parameters()).data.view(torch.int32)[0, 0] ^= 1
+    try:
+        dist.check_replicas(ours, ctx)
+    except UserError as e:
+        seen["replicas"] = str(e)
+
+    # validation batches: each once, the same number of forward passes on both ranks
+    seen["share"] = [ctx.share([[i] for i in range(n)]) for n in (0, 1, 4, 5)]
+
     # parameters without gradient, other ones on each rank
     torch.manual_seed(0)
     model = dist.DDP(Patchy(), ctx, bucket_mb=1e-6)
@@ -208,9 +232,28 @@ def test_a_mean_per_micro_batch_would_give_another_gradient(alone, tmp_path):
 
 @pytest.mark.parametrize("micro", [1, 3])
 def test_our_ddp_equals_torchs(two, micro):
+    """To the bit: with two ranks there is one order in which to add two numbers. Also with accumulation."""
     for seen in two:
-        assert seen["torch", micro] < 1e-6 and seen["norm", micro] > 1e-3
+        assert seen["torch", micro] == 0 and seen["norm", micro] > 1e-3
         assert seen["norm", micro] == two[0]["norm", micro]
+
+
+def test_gradients_are_views_into_the_buckets(two):
+    """What is sent is where the optimizer reads it: nothing is unpacked after a message, and nothing is held twice."""
+    for seen in two:
+        assert seen["views"] == [True] * 4
+
+
+def test_replicas_that_have_drifted_apart_are_found_by_all_ranks(two):
+    """One bit of one weight is enough."""
+    for seen in two:
+        assert "process(es) 1 are no longer copies" in seen["replicas"]
+
+
+def test_ranks_share_validation_batches_evenly(two):
+    """Filled up with empty batches: with sharded weights a forward pass that only some ranks make would hang."""
+    for n, a, b in zip((0, 1, 4, 5), two[0]["share"], two[1]["share"]):
+        assert len(a) == len(b) and sorted(sum(a + b, [])) == list(range(n))
 
 
 def test_parameters_unused_on_some_ranks_do_not_hang_and_count_as_zero(two):
@@ -281,6 +324,59 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
             dist.init(device)
 
 
+def test_an_impossible_layout_is_refused_before_anyone_waits(monkeypatch):
+    """Each in one sentence that says what to start instead."""
+    for env, options, says in [
+            ({"WORLD_SIZE": "2"}, {}, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set: start with torchrun"),
+            ({}, {"parallel": "zero"}, "--parallel zero is unknown; use ddp, fsdp or none"),
+            ({}, {"tp": 2}, "1 process.es. do not split into groups of 2"),
+            ({"NANOLLM_TIMEOUT": "soon"}, {}, "NANOLLM_TIMEOUT is 'soon': give a number of seconds")]:
+        with monkeypatch.context() as m:
+            for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+                m.delenv(key, raising=False)
+            for key, value in env.items():
+                m.setenv(key, value)
+            with pytest.raises(UserError, match=says):
+                dist.init("cpu", **options)
+    world = {"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for key, value in world.items():
+        monkeypatch.setenv(key, value)
+    for options in ({"parallel": "none"}, {"tp": 2}, {"parallel": "none", "tp": 2}):
+        with pytest.raises(UserError, match="leaves no work for 4 processes: use --parallel fsdp"):
+            dist.init("cpu", **options)
+    with pytest.raises(UserError, match="do not split into groups of 3"):
+        dist.init("cpu", parallel="fsdp", tp=3)
+
+
+def test_one_gpu_for_all_processes_is_refused(monkeypatch):
+    """--device cuda:0 under torchrun: the processes would share one GPU and its memory, and NCCL would fail later."""
+    cuda(monkeypatch, 8, 0)
+    with pytest.raises(UserError, match="--device cuda:0 would put all 4 processes of this machine on one GPU; use --device cuda$"):
+        dist.choose_device("cuda:0", 0, 4)
+
+
+def test_processes_share_the_cores(monkeypatch):
+    """torchrun sets OMP_NUM_THREADS=1 where nobody has chosen; half the cores each is better. A choice is left alone."""
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    for local_size, chosen in (("2", "1"), ("2", "3"), ("16", "1"), ("1", "1")):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local_size)
+        monkeypatch.setenv("OMP_NUM_THREADS", chosen)
+        dist.finish(dist.init("cpu"))
+    assert threads == [4, 1]
+
+
+def test_an_error_of_a_collective_becomes_a_sentence_with_its_likely_cause():
+    """As gloo, the store and NCCL word them; any other RuntimeError stays what it is."""
+    for text, says in [("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:59293.", "it has ended"),
+                       ("[/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 600000ms for recv operation to complete", "it hangs"),
+                       ("NCCL error in: ProcessGroupNCCL.cpp:1, remote process exited or there was a network error", "it hangs")]:
+        assert says in config.unanswered(RuntimeError(text))
+    assert "--master_addr" in config.unanswered(torch_dist.DistNetworkError("The client socket has timed out while trying to connect to (192.0.2.1, 1)"))
+    assert config.unanswered(RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)")) is None
+
+
 def test_autocast_keeps_master_weights_and_gradients_in_fp32():
     model, x = torch.nn.Linear(4, 4), torch.ones(2, 4)
     with dist.autocast(torch.device("cpu"), torch.bfloat16):
@@ -302,39 +398,51 @@ def test_compile_falls_back_with_one_line(monkeypatch, capsys):
     assert dist.compiled(model, False) is model
 
 
-def test_compile_changes_no_result_and_never_recompiles_after_warm_up():
-    """Two rounds over everything a run does: full and ragged batches, with segments and without, activation checkpointing, validation
-    without gradients, answers with a cache, a new lambda as head each time. The first may compile, the second may not."""
-    from nanollm.generate import generate, generate_batch
-    from nanollm.losses import linear_cross_entropy
+def test_compile_changes_no_result():
+    """Compiled in place: same tree, same names, same loss and gradients; an answer with a cache does not run into it."""
+    from nanollm.generate import generate
     torch._dynamo.reset()
-    model, plain = tiny_lm(), tiny_lm()
+    model, plain = tiny_lm(n_layers=1), tiny_lm(n_layers=1)
     assert dist.compiled(model, True) is model and str(model) == str(plain) and model.state_dict().keys() == plain.state_dict().keys()
-    ids = torch.randint(0, 300, (4, 49), generator=torch.Generator().manual_seed(0))
-    segments = torch.arange(48).expand(4, 48) // 20
+    ids = torch.randint(0, 300, (3, 33), generator=torch.Generator().manual_seed(0))
+    losses = [linear_cross_entropy(m.hidden(ids[:, :-1]), m.output.weight, ids[:, 1:])[0] for m in (model, plain)]
+    for loss in losses:
+        loss.backward()
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
+    assert difference(*({n: p.grad for n, p in m.named_parameters()} for m in (model, plain))) < 1e-4
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert list(generate(model, [1, 2, 3], 4, temperature=0)) == list(generate(plain, [1, 2, 3], 4, temperature=0))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs > 0
 
-    def losses(model):
+
+def test_compile_never_recompiles_after_warm_up(monkeypatch):
+    """Two rounds over everything a run does: full and ragged batches, with segments and without, activation checkpointing, validation
+    without gradients, a new lambda as head each time. The first round may compile, the second may not. (Which graphs there are is
+    decided before the code generator, so the test leaves that out.)"""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    model = dist.compiled(tiny_lm(), True)
+    ids = torch.randint(0, 300, (4, 33), generator=torch.Generator().manual_seed(0))
+    segments = torch.arange(32).expand(4, 32) // 20
+
+    def losses():
         found = []
-        for rows in (4, 4, 3, 2, 1):
+        for rows in (4, 3, 2, 1):
             x, y = ids[:rows, :-1], ids[:rows, 1:]
             for s in (None, segments[:rows]):
                 for model.checkpointing in (False, True):
                     loss, _, _ = model.train()(x, s, head=lambda h, output: linear_cross_entropy(h, output.weight, y))
                     loss.backward()
-                    found += [loss.item(), model.layers[0].attention.wq.weight.grad.norm().item()]
-                    model.zero_grad()
+                    found.append(loss.item())
                 with torch.no_grad():
                     found.append(model.eval()(x, s, head=lambda h, output: linear_cross_entropy(h, output.weight, y))[0].item())
-        return found + list(generate(model, [1, 2, 3], 4)) + generate_batch(model, [[1, 2], [3]], 4, pad_id=0)[0][0]
+        return found
 
-    want = losses(plain)
-    assert losses(model) == pytest.approx(want, rel=1e-4)
+    first = losses()
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert graphs > 0
     with torch.compiler.set_stance("fail_on_recompile"):
-        assert losses(model) == pytest.approx(want, rel=1e-4)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
-    print(graphs)
+        assert losses() == pytest.approx(first, rel=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs > 1
 
 
 def test_finish_gives_ctrl_c_back(monkeypatch):

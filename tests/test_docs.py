@@ -76,9 +76,10 @@ def test_every_command_names_a_script_and_options_that_exist(page):
 def options():
     """Every option that exists anywhere: the scripts', their subcommands', the report's and the shell scripts'."""
     known = {"--smoke", "--force", "--help", "--config", "--standalone", "--nproc_per_node", "--nnodes", "--node_rank",
-             "--master_addr", "--master_port", "--readme", "--run_dir", "--key"}
-    for path in ROOT.glob("*.py"):
-        for cls in vars(importlib.import_module(path.stem)).values():
+             "--master_addr", "--master_port", "--max_restarts", "--rdzv_backend", "--readme", "--run_dir", "--key"}
+    tools = ["nanollm.plan", "nanollm.plot", *(f"nanollm.tools.{path.stem}" for path in (ROOT / "nanollm" / "tools").glob("[a-z]*.py"))]
+    for name in [*(path.stem for path in ROOT.glob("*.py")), *tools]:
+        for cls in vars(importlib.import_module(name)).values():
             if inspect.isclass(cls) and hasattr(cls, "__dataclass_fields__"):
                 known |= {f"--{name}" for name in cls.__dataclass_fields__}
     return known

@@ -195,7 +195,7 @@ CORPUS_CORE = {"clean.py", "bpe.py", "stage.py"}       # the rest of corpus/ is 
 
 
 def test_the_road_stays_readable():
-    """model.py at most 400 lines; what one must read to follow a text from prepare_data.py to chat.py about 3,200 lines of
+    """model.py at most 400 lines; what one must read to follow a text from prepare_data.py to chat.py about 3,300 lines of
     package (the demo world, pictures, evaluation, interchange and the corpus tools at scale stand aside) and 1,700 of
     scripts; no line too wide."""
     def length(paths):
@@ -204,7 +204,7 @@ def test_the_road_stays_readable():
     assert length(SCRIPTS) <= 1800
     aside = {"tools", "variants", "world.py", "report.py", "evaluation.py", "hf.py", "peft.py", "foreign_tokenizers.py", "curriculum.py", "mixture.py", "parallel.py", "zero.py",
              "plan.py", "plot.py", "env.py"}
-    assert length(p for p in PACKAGE if not aside & set(p.parts) and (p.parent.name != "corpus" or p.name in CORPUS_CORE)) <= 3200
+    assert length(p for p in PACKAGE if not aside & set(p.parts) and (p.parent.name != "corpus" or p.name in CORPUS_CORE)) <= 3300
     assert all(len(line) <= 160 for p in [*PACKAGE, *SCRIPTS] for line in p.read_text(encoding="utf-8").splitlines())
 
 

@@ -4,10 +4,12 @@
 """
 import functools
 import os
+import types
 
 import pytest
 import torch
 import torch.distributed as torch_dist
+from torch.distributed.tensor.debug import CommDebugMode
 
 from conftest import largest_difference, metrics, run_ranks, tiny_lm, weights, write_world
 from nanollm import dist, parallel, peft
@@ -91,7 +93,7 @@ def worker(out):
         me = torch_dist.get_rank()
         for kind in MODELS:
             if tp > 1 and kind == "lora":
-                with pytest.raises(UserError, match="LoRA's adapters are not cut into slices"):
+                with pytest.raises(UserError, match="no plan for cutting this model's attention.wk.lora_A"):
                     dist.wrap(model_of(kind), ctx)
             else:
                 seen[n, parallel_, tp, kind] = train(ctx, kind, seed=7 + me)          # another start on each: the broadcast must undo it
@@ -103,7 +105,15 @@ def worker(out):
         for half in sorted(out.parent.glob("half-*")):
             seen[n, parallel_, tp, half.name] = train(ctx, "tied", first=HALF, load=half, seed=8 + me)
         ctx.barrier()
+    refused = [("n_kv_heads 2 is not divisible by 3", tiny_lm(n_heads=6, dim=48), 3)] if n == 2 else []
+    for says, model, tp in refused:
+        with pytest.raises(UserError, match=says):
+            parallel.tensor_parallel(model, types.SimpleNamespace(size=lambda: tp))
     model = dist.wrap(model_of("tied"), ctx)
+    if n == 2:                                               # the last layout is --tp 2
+        with CommDebugMode() as counted:
+            model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
+        seen["all-reduces"] = sum(counted.get_comm_counts().values())
     with pytest.raises(UserError, match="every process holds slices"):
         make_optimizer(model.module, "muon")
     torch.save(seen, out / f"seen{me}.pt")
@@ -130,6 +140,22 @@ def seen(tmp_path_factory):
 def alone(kind):
     """The same updates in this process, undisturbed."""
     return train(one(), kind)
+
+
+def test_tensor_parallelism_adds_up_four_times_a_block(seen):
+    """Attention and feed-forward, forward and backward: one all-reduce each, as in Megatron-LM (two blocks here)."""
+    assert seen["all-reduces"] == 4 * 2
+
+
+def test_the_bubble_of_a_pipeline_by_counting():
+    """p stages, m micro-batches, each stage one at a time and after the stage before it: (p - 1) / (m + p - 1) of the time is idle."""
+    for p, m in ((2, 2), (4, 4), (4, 16), (8, 64)):
+        done = {}
+        for i in range(m):
+            for stage in range(p):
+                done[i, stage] = 1 + max(done.get((i, stage - 1), 0), done.get((i - 1, stage), 0))
+        total = max(done.values())
+        assert (total - m) / total == pytest.approx((p - 1) / (m + p - 1))
 
 
 CASES = [(n, *layout, kind) for n in LAYOUTS for layout in LAYOUTS[n] for kind in MODELS if layout[1] == 1 or kind != "lora"]

@@ -1,6 +1,7 @@
 """The planner: parameters, memory, steps and hours that it prints, against what is really there."""
 import contextlib
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from nanollm.losses import linear_cross_entropy
 from nanollm.model import KVCache, ModelArgs, parameter_count
 from nanollm.optim import make_optimizer
 from nanollm.sampler import Sampler
+from nanollm.tools import scaling
 from nanollm.variants import build
 
 NOTES = sorted((ROOT / "configs" / "notes").glob("*.toml"))
@@ -65,7 +67,22 @@ def test_the_formula_for_activations_is_what_autograd_keeps(changes, dtype, mask
     """To within 1 %: so that a change of the model that keeps more or less shows here, and the plan cannot rot."""
     args = ModelArgs(**SMALL | changes)
     *_, held = step_of(args, 4, dtype, mask=mask)
-    assert plan.activations(args, 4, dtype, mask=mask) == pytest.approx(held, rel=0.01)
+    assert plan.activations(args, 4, dtype, mask=mask, device="cpu") == pytest.approx(held, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"attention": "naive"}], ids=str)
+def test_the_formula_for_a_gpu_is_that_of_the_plain_path(changes, dtype, monkeypatch):
+    """A GPU runs the plain formulas, attention in the compute type. The CPU can be made to: by_hand off, and attention not told
+    of autocast. (The fused kernels keep the same tensors on both.)"""
+    args = ModelArgs(**SMALL | changes)
+    monkeypatch.setattr("nanollm.model.by_hand", lambda x: False)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *kind: False)
+    model, tokens = build(args).train(), torch.randint(0, args.vocab_size, (4, args.max_seq_len))
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        _, held = plan.kept_by_autograd(model, lambda: model.hidden(tokens))
+    d_hidden = 4 * args.dim * tokens.numel()
+    assert plan.activations(args, 4, dtype) == pytest.approx(held + d_hidden, rel=0.01)
 
 
 SHAPES = {"wide vocabulary": (ModelArgs(dim=64, n_layers=2, n_heads=4, vocab_size=20_000, max_seq_len=64), 4),
@@ -79,7 +96,7 @@ def test_the_four_parts_of_memory_are_what_the_tensors_add_up_to(name, optimizer
     """Weights, gradients and optimizer states to the byte, activations and the sum to within 10 % (they come to 1 %)."""
     args, rows = SHAPES[name]
     weights, gradients, states, held = step_of(args, rows, optimizer=optimizer)
-    m = plan.memory(args, rows, optimizer=optimizer)
+    m = plan.memory(args, rows, optimizer=optimizer, device="cpu")
     assert (m["weights"], m["optimizer"]) == (weights, states)
     assert gradients in (m["gradients"], 0) or optimizer == "muon"                  # Muon's step gives the blocks' gradients back
     assert m["activations"] == pytest.approx(held, rel=0.1)
@@ -90,9 +107,9 @@ def test_checkpointing_keeps_the_blocks_inputs_and_the_insides_of_one():
     """What autograd keeps is the inputs; the plan adds one block's insides, which exist again during the backward pass."""
     args = ModelArgs(**SMALL)
     *_, held = step_of(args, 4, checkpointing=True)
-    insides = 4 * args.max_seq_len * sum(plan.block_activations(args, torch.float32).values())
-    assert plan.activations(args, 4, torch.float32, checkpointing=True) == pytest.approx(held + insides, rel=0.02)
-    assert held < plan.activations(args, 4, torch.float32) / 4
+    insides = 4 * args.max_seq_len * sum(plan.block_activations(args, torch.float32, "cpu").values())
+    assert plan.activations(args, 4, torch.float32, checkpointing=True, device="cpu") == pytest.approx(held + insides, rel=0.02)
+    assert held < plan.activations(args, 4, torch.float32, device="cpu") / 3
 
 
 RSS = """
@@ -131,7 +148,7 @@ def test_the_plan_is_near_the_memory_that_a_process_really_takes(name):
     shape, rows = LARGE[name]
     out = subprocess.run([sys.executable, "-c", RSS, repr(shape), str(rows)], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
     assert out.returncode == 0, out.stderr
-    assert plan.memory(ModelArgs(**shape), rows)["total"] * plan.HEAP == pytest.approx(int(out.stdout), rel=0.35)
+    assert plan.memory(ModelArgs(**shape), rows, device="cpu")["total"] * plan.HEAP == pytest.approx(int(out.stdout), rel=0.35)
 
 
 # ---- what is printed --------------------------------------------------------------------------------------------------
@@ -268,3 +285,78 @@ def test_the_arithmetic_in_a_preset_of_the_notes_is_true(path, capsys):
 
 def test_every_shape_of_the_notes_has_a_preset():
     assert {p.stem for p in NOTES} == set(COUNTS)
+
+
+# ---- the notes' claims and the scaling law ----------------------------------------------------------------------------
+
+
+def test_the_notes_arithmetic():
+    """What docs/planner.md says is right and wrong, computed."""
+    assert [round(x, 2) for x in (10**0.73, 10**0.27, 8**0.74)] == [5.37, 1.86, 4.66] and 3.162**2 == pytest.approx(10, rel=1e-3)
+    assert 1e9 * 1e-6 == pytest.approx(1_000) and 1e9 * 1e-5 == pytest.approx(10_000)
+    assert 32 * 1023 * 64793 * 4 / 1e9 == pytest.approx(8.48, abs=0.005)                      # logits of [32, 1023, 64793] in fp32
+    assert (70e9 * 4 / 1e9, 70e9 * 16 / 1e12, 65e9 * 12 / 1e9, 65e9 * 16 / 1e9) == (280, 1.12, 780, 1040)
+    assert 6.7e9 * 2 / 2**30 == pytest.approx(12.48, abs=0.005)                               # OPT-6.7B
+    assert 129 * 16 * 6 == 12_384 and 129 * 16 * 6 != 12_392
+    args = ModelArgs(dim=512, n_layers=12, n_heads=8, vocab_size=64793, max_seq_len=512, tie_embeddings=False)
+    kept = sum(plan.block_activations(args, torch.bfloat16).values())
+    assert kept == 28_456 and round(kept / (512 * 2)) == 28                                   # the notes count one of these tensors
+    assert sum(plan.block_activations(args, torch.float32, "cpu").values()) == 32_936
+    m, P = plan.memory(args, 16, torch.bfloat16), parameter_count(plan.on_meta(args))["total"]
+    assert m["weights"] + m["gradients"] + m["optimizer"] == 16 * P                           # weights are a quarter of the states
+    states = 16 * P / 1e9
+    logits = 16 * 512 * 64793 * (2 + 4 + 4 + 4 + 2) / 1e9          # fp16, its fp32 copy, log-softmax, and the two gradients
+    assert states == pytest.approx(1.67, abs=0.01) and 11 < states + m["activations"] / 1e9 + logits < 14         # the notes' 13 GB a card
+
+
+def test_a_power_law_is_found_again():
+    """From exact points the fit returns E, A and alpha; with E given, A and alpha; and a logarithm explains them less well."""
+    n = [6_736, 13_944, 39_880, 76_440, 189_112]
+    points = [(k, 0.5 + 30 * k**-0.4) for k in n]
+    found = scaling.laws(points, floor=0.5)
+    free, known, log = found.values()
+    assert free[1] == pytest.approx({"E": 0.5, "A": 30, "alpha": 0.4}, rel=1e-3)
+    assert known[1] == pytest.approx({"E": 0.5, "A": 30, "alpha": 0.4}, rel=1e-6)
+    assert free[0](400_000) == pytest.approx(0.5 + 30 * 400_000**-0.4, rel=1e-4)
+    assert scaling.r2(log[0], points) < 0.98 < 0.9999 < scaling.r2(free[0], points)
+    assert log[0](1e9) < 0 < 0.5 < free[0](1e9)                                               # it falls through every floor
+
+
+def test_five_models_predict_a_sixth(tmp_path, world, capsys):
+    """The whole tool on a corpus of a few stories: runs, fits, prediction, JSON and picture; not the demo's text, so no floor."""
+    preset = tmp_path / "recipe.toml"
+    preset.write_text('rows = "documents"\nn_layers = 1\nmultiple_of = 8\nmax_seq_len = 32\nbatch_size = 2\nwarmup_steps = 1\neval_every = 4\n'
+                      'save_every = 4\neval_batches = 2\n', encoding="utf-8")
+    cfg = scaling.Config(data=str(world / "tokens"), preset=str(preset), out_dir=str(tmp_path / "out"), sizes=["1x8", "1x16", "1x24"], predict="1x32",
+                         max_steps=4, jobs=2)
+    scaling.main(cfg)
+    result = json.loads((tmp_path / "out" / "scaling.json").read_text(encoding="utf-8"))
+    assert set(result["points"]) == {"1x8", "1x16", "1x24"} and result["floor"] is None and result["sixth"]["N"] > result["points"]["1x24"]["N"]
+    for law in result["laws"].values():
+        assert law["error"] == pytest.approx(law["prediction"] / result["sixth"]["loss"] - 1)
+    assert (tmp_path / "out" / "scaling.png").read_bytes().startswith(b"\x89PNG") and "error of each prediction" in capsys.readouterr().out
+
+
+def test_scaling_refuses_sizes_that_predict_nothing():
+    for bad, message in ((dict(predict="2x16"), "larger"), (dict(sizes=["2x16"]), "three"), (dict(sizes=["2x16", "2by24", "2x40"]), "LAYERSxWIDTH"),
+                         (dict(sizes=["2x16", "2x30", "2x40"]), "8 divides")):
+        with pytest.raises(config.UserError, match=message):
+            scaling.main(scaling.Config(**bad))
+
+
+@pytest.mark.parametrize("page", ["docs/planner.md", "docs/zh/planner.md"])
+def test_the_tables_of_the_page_are_computed(page):
+    """Memory of the notes' 12 layers on four cards, the presets and the bytes of a block, as the page quotes them."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    args = ModelArgs(dim=512, n_layers=12, n_heads=8, vocab_size=64793, max_seq_len=512, tie_embeddings=False)
+    for how, checkpointing, name in (("ddp", False, "ddp"), ("ddp", True, "ddp + checkpointing"), ("zero1", False, "zero1"),
+                                     ("fsdp", False, "fsdp (ZeRO-3)"), ("tp", False, "tp"), ("pipeline", False, "pipeline")):
+        m = plan.memory(args, 16, torch.bfloat16, parallel=how, gpus=4, checkpointing=checkpointing, accumulating=True)
+        assert f"| {name} | " + " | ".join(f"{b / 1e9:.2f}" for b in m.values()) + " |" in text
+    gpu, cpu = plan.block_activations(args, torch.bfloat16), plan.block_activations(args, torch.float32, "cpu")
+    for a, b in (*zip(gpu.values(), cpu.values()), (sum(gpu.values()), sum(cpu.values()))):
+        assert re.search(rf"\| {a:,} \|.*\| {b:,} \|", text)
+    for path in NOTES:
+        first, second, _ = arithmetic(path)
+        tokens, best = re.search(r"= ([\d,]+) tokens an update", first)[1], re.search(r"Chinchilla: (.*) tokens,", second)[1]
+        assert re.search(rf"`{path.stem}`.* \| {first[4:].split(' parameters')[0]} \| .* \| {tokens} \| {best} \|", text)

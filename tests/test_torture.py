@@ -49,7 +49,8 @@ def torture_world(root):
 
 
 def play(variant, world, out, **changes):
-    """The run `variant`, in this process."""
+    """The run `variant`, in this process; $STEPS updates long."""
+    changes["max_steps"] = int(os.environ.get("STEPS", LENGTH["max_steps"]))
     stage, more = variant.split("-")[0], dict(RUNS[variant])
     if "phases" in more:
         more |= {"phases": str(world / more["phases"]), "data": str(world)}
@@ -143,10 +144,11 @@ def worker(out, kills):
     (out / "felt.json").write_text(json.dumps(felt), encoding="utf-8")
 
 
-def tortured(out, variants, kills):
+def tortured(out, variants, kills, steps=LENGTH["max_steps"]):
     (out / "variants").write_text(" ".join(variants), encoding="utf-8")
     with open(out / "log", "w+b") as log:
-        process = python("import test_torture, pathlib; test_torture.worker(pathlib.Path(sys.argv[1]), int(sys.argv[2]))", out, kills, log=log)
+        process = python("import test_torture, pathlib; test_torture.worker(pathlib.Path(sys.argv[1]), int(sys.argv[2]))", out, kills, log=log,
+                         env={"STEPS": str(steps)})
         try:
             code = process.wait(timeout=3000)
         finally:
@@ -159,7 +161,7 @@ def tortured(out, variants, kills):
 def three(tmp_path_factory):
     """A few runs, three kills each: SIGKILL, SIGTERM, and SIGKILL in the middle of a save."""
     out = tmp_path_factory.mktemp("three")
-    return out, tortured(out, QUICK, 3)
+    return out, tortured(out, QUICK, 3, steps=16)
 
 
 QUICK = ["pretrain-muon-dropout", "sft-lora", "rm", "dpo"]
@@ -167,7 +169,7 @@ QUICK = ["pretrain-muon-dropout", "sft-lora", "rm", "dpo"]
 
 @pytest.mark.parametrize("variant", QUICK)
 def test_three_kills_of_three_kinds_leave_no_trace(three, variant):
-    """Weights, every logged number and the kept checkpoints equal an undisturbed run's, over 24 epochs and with accumulation."""
+    """Weights and every logged number equal an undisturbed run's, over 8 epochs and with accumulation."""
     out, felt = three
     assert any(kill[0] for kill in felt[variant])
     same_run(out / variant, out / f"{variant}-straight")
@@ -176,7 +178,7 @@ def test_three_kills_of_three_kinds_leave_no_trace(three, variant):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", RUNS)
-def test_twenty_kills_of_three_kinds_leave_no_trace(tmp_path, variant):
+def test_twenty_kills_at_any_moment_change_nothing(tmp_path, variant):
     """SIGKILL, SIGTERM and Ctrl-C at random moments, every third in the middle of a save: for every script, with Muon, dropout, fp16
     and its scaler, phases, adapters, early stopping, and through a rollback."""
     felt = tortured(tmp_path, [variant], 20)[variant]
@@ -279,7 +281,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_file_ends_in_a_sentence_and_is_r
         process = python(DISK_FULL, *flags(words), log=log)
         assert process.wait(timeout=300) == 2, (tmp_path / "log").read_text(encoding="utf-8")
     said = (tmp_path / "log").read_text(encoding="utf-8")
-    assert re.search("error: could not write the checkpoint .*step_00000006: the disk is full", said) and "free some disk space" in said and "Traceback" not in said
+    assert re.search("error: could not write the checkpoint .*step_00000006: the disk is full.*free some disk space", said) and "Traceback" not in said
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["metrics.jsonl", "step_00000003"]
     train_pretrain.main(train_pretrain.Config(**words))
     same_run(tmp_path / "run", finished / "run")
@@ -338,9 +340,9 @@ def test_twenty_updates_without_effect_in_a_row_end_in_advice(world, tmp_path, m
 
 def test_rollback_goes_back_slows_down_and_restores_the_rate(world, tmp_path, monkeypatch, capsys):
     """The notes' recipe. Infinite from update 20 on at the full rate: after the 20th of them (step 40) back to the newest checkpoint at
-    least 12 updates old (24 would be poisoned weights' younger brother, 28 too young), a tenth of the rate up to step 52, then all of it."""
+    least 12 updates old (28, which --keep 1 alone would have removed), a tenth of the rate up to step 52, then all of it."""
     poisoned(monkeypatch, 20, 41)
-    words = options("pretrain", world, tmp_path, max_steps=60, save_every=4, keep=0, schedule="constant", rollback=12)
+    words = options("pretrain", world, tmp_path, max_steps=60, save_every=4, keep=1, schedule="constant", rollback=12)
     train_pretrain.main(train_pretrain.Config(**words))
     done = lines(tmp_path)
     assert [r["step"] for r in done] == list(range(1, 61)) and all(r["grad_norm"] is not None for r in done[28:])

@@ -136,7 +136,7 @@ def test_a_checkpoint_from_before_variants_loads(tmp_path):
     path = checkpoint.save(tmp_path, 1, model, tok, "pretrain", None)
     meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
     del meta["model"]["variants"]
-    (path / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    checkpoint.write_meta(path, meta)
     with torch.no_grad():
         assert torch.equal(checkpoint.load(path)[0](tokens()), model(tokens()))
 

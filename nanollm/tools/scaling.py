@@ -69,7 +69,8 @@ def train(cfg, shapes, threads=1):
             with torch.device("meta"):
                 n = parameter_count(Transformer(args))
             results[shape] = (n["attention"] + n["feed_forward"] + n["norm"], [r["val/loss"] for r in records if "val/loss" in r][-1])
-            print(f"{shape:>6}  N {results[shape][0]:>8,} (all {n['total']:>8,})   validation loss {results[shape][1]:.4f}   {time.time() - began:.0f} s", flush=True)
+            N, loss = results[shape]
+            print(f"{shape:>6}  N {N:>8,} (all {n['total']:>8,})   validation loss {loss:.4f}   {time.time() - began:.0f} s", flush=True)
     return results
 
 
