@@ -9,7 +9,6 @@ others take longer is what communication costs and overlap does not hide. An upd
 """
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -22,9 +21,10 @@ sys.path.insert(0, str(ROOT))
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from nanollm import dist
-from nanollm.config import arg, run
-from nanollm.model import ModelArgs, Transformer
+from bench.step import matmul_peak
+from nanollm import dist, env
+from nanollm.config import UserError, arg, run
+from nanollm.model import ModelArgs, Transformer, flops_per_token
 from nanollm.optim import make_optimizer
 
 
@@ -66,6 +66,8 @@ def sides(cfg, ctx):
 
 
 def main(cfg):
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        raise UserError("bench/ddp.py compares several processes: start it with torchrun --standalone --nproc_per_node=2 bench/ddp.py")
     ctx = dist.init("cpu")
     todo, seconds = sides(cfg, ctx), {}
     for round in range(cfg.rounds):
@@ -80,15 +82,17 @@ def main(cfg):
     weights = [list(todo[name][0].parameters()) for name in ("ours", "torch")]
     apart = max((a - b).abs().max().item() for a, b in zip(*weights))
     n = sum(p.numel() for p in weights[0])
+    flops, peak = cfg.rows * cfg.max_seq_len * flops_per_token(todo["ours"][0], cfg.max_seq_len), matmul_peak()         # all ranks at once: each has its core
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     record = {"config": vars(cfg), "parameters": n, "ranks": ctx.world_size, "threads": torch.get_num_threads(), "median_seconds": medians,
               "ratio_torch_over_ours": medians["torch"] / medians["ours"], "ratio_views_over_ours": medians["torch, views"] / medians["ours"],
-              "largest_difference_of_weights": apart, "seconds": seconds, "machine": platform.processor() or platform.machine(),
-              "cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
+              "largest_difference_of_weights": apart, "seconds": seconds, "gflops": {name: flops / s / 1e9 for name, s in medians.items()},
+              "matmul_peak": peak, "peak_rss_mb": ctx.gather(env.peak_rss_mb()), **env.stamp()}
     print(f"{n:,} parameters, {4 * n / 2**20:.0f} MB of gradients; {ctx.world_size} ranks, {record['threads']} thread(s) each; "
-          f"{len(seconds['ours'])} updates a side\n\n| | median s an update | torch's DDP = 1 |\n|---|---|---|")
+          f"{len(seconds['ours'])} updates a side; matmul peak {peak:.0f} GFLOP/s a rank; peak RSS of rank 0 with all four models {record['peak_rss_mb'][0] or 0:.0f} MB\n\n"
+          "| | median s an update | torch's DDP = 1 | GFLOP/s a rank |\n|---|---|---|---|")
     for name, median in medians.items():
-        print(f"| {name} | {median:.3f} | {median / medians['torch']:.3f} |")
+        print(f"| {name} | {median:.3f} | {median / medians['torch']:.3f} | {record['gflops'][name]:.1f} |")
     print(f"\nweights of ours and torch's after {cfg.rounds * cfg.updates} updates: {apart:.1e} apart")
     if ctx.main:
         Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)

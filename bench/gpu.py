@@ -32,7 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from nanollm import dist
+from nanollm import dist, env
 from nanollm.config import UserError, arg, run
 from nanollm.losses import cross_entropy, linear_cross_entropy
 from nanollm.model import ModelArgs, flops_per_token, parameter_count
@@ -181,7 +181,7 @@ def measure(name, mode, loss, ctx, dtype, cfg):
 
 def table(rows, peak, sheet):
     lines = ["| shape | loss | mode | parameters | rows x T | ms a step | tokens/s | TFLOP/s | of peak | of sheet | attention | peak GiB | planned |",
-             "|---|---|---|---|---|---|---|---|---|---|---|---|"]
+             "|---" * 13 + "|"]
     for r in rows:
         percent = lambda p: f"{100 * r['flops_per_s'] / p:.1f} %" if p else "-"
         peak_gib, planned_gib = (f"{r[k] / 2**30:.2f}" if r[k] else "-" for k in ("peak_bytes", "planned_bytes"))
@@ -217,7 +217,7 @@ def main(cfg):
         print(f"{name} {loss} {mode}: {rows[-1]['tokens_per_s']:,.0f} tokens/s", flush=True)
     print(table(rows, peak, sheet))
     Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-    figures = {"machine": machine, "torch": torch.__version__, "cuda": torch.version.cuda, "dtype": str(dtype), "matmul_peak": peak, "sheet_peak": sheet,
+    figures = {"machine": machine, **env.stamp(), "cuda": torch.version.cuda, "dtype": str(dtype), "matmul_peak": peak, "sheet_peak": sheet,
                "rows": rows}
     Path(cfg.out).write_text(json.dumps(figures, indent=1), encoding="utf-8")
     dist.finish(ctx)

@@ -9,7 +9,6 @@ updates is taken), in units of Psi (W - 1) / W numbers a process, Psi = paramete
 """
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -22,8 +21,8 @@ sys.path.insert(0, str(ROOT))
 import torch
 import torch.distributed as torch_dist
 
-from nanollm import dist, parallel
-from nanollm.config import arg, run
+from nanollm import dist, env, parallel
+from nanollm.config import UserError, arg, run
 from nanollm.model import ModelArgs, Transformer
 from nanollm.optim import make_optimizer
 from nanollm.zero import ZeroAdamW
@@ -76,7 +75,9 @@ def measure(name, ctx, cfg):
 
 
 def main(cfg):
-    W = int(os.environ["WORLD_SIZE"])
+    W = int(os.environ.get("WORLD_SIZE", 1))
+    if W < 2 or W % 2:
+        raise UserError("bench/parallel.py compares layouts of 2 or 4 processes: start it with torchrun --standalone --nproc_per_node=2 bench/parallel.py")
     layouts = [("ddp", "ddp", 1), ("zero-1", "ddp", 1), ("fsdp", "fsdp", 1), (f"tp {W}", "ddp", W)] + [("fsdp, tp 2", "fsdp", 2)] * (W > 2)
     rows = []
     for name, kind, tp in layouts:
@@ -91,8 +92,7 @@ def main(cfg):
         out = Path(cfg.out)
         out.parent.mkdir(parents=True, exist_ok=True)
         done = json.loads(out.read_text(encoding="utf-8")) if out.exists() else []
-        machine = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
-        out.write_text(json.dumps([r for r in done if r["processes"] != W] + [{**r, **machine} for r in rows], indent=1), encoding="utf-8")
+        out.write_text(json.dumps([r for r in done if r["processes"] != W] + [{**r, **env.stamp()} for r in rows], indent=1), encoding="utf-8")
     dist.finish(ctx)
 
 

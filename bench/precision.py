@@ -4,7 +4,6 @@
     python bench/precision.py --what memory        what backward keeps, and the time of a step: fp32, autocast, checkpointing
 """
 import json
-import platform
 import statistics
 import sys
 import time
@@ -18,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import nanollm.model
-from nanollm import dist
+from nanollm import dist, env
 from nanollm.config import UserError, arg, run
 from nanollm.losses import cross_entropy
 from nanollm.model import ModelArgs, Transformer
@@ -106,9 +105,11 @@ def main(cfg):
     model = Transformer(ModelArgs(dim=cfg.dim, n_layers=4, n_heads=4, vocab_size=cfg.vocab_size, max_seq_len=cfg.seq_len))
     print(f"PyTorch {torch.__version__}, {cfg.threads} thread(s), dim {cfg.dim}, 4 layers, vocabulary {cfg.vocab_size}, T {cfg.seq_len}")
     found = whats[cfg.what](cfg, model)
+    rss = env.peak_rss_mb()
+    print(f"peak RSS of all sides in one process: {rss or 0:.0f} MB")
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    (Path(cfg.out) / f"precision_{cfg.what}.json").write_text(json.dumps({"torch": torch.__version__, "machine": platform.processor() or platform.machine(),
-                                                                          "threads": cfg.threads, "found": found}, indent=1), encoding="utf-8")
+    figures = {"config": vars(cfg), **env.stamp(), "peak_rss_mb": rss, "found": found}
+    (Path(cfg.out) / f"precision_{cfg.what}.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

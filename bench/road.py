@@ -44,7 +44,7 @@ def main(script, argv):
     module = importlib.import_module(Path(script).stem)
     import torch
 
-    from nanollm import checkpoint, config, evaluation
+    from nanollm import checkpoint, config, env, evaluation
     watch.seconds["imports"] = time.perf_counter() - BEGAN
     stage = module.STAGE
     loss = {"pretrain": "pretrain_loss", "sft": "sft_loss", "rm": "pair_loss", "dpo": "preference_loss"}[stage]
@@ -63,8 +63,15 @@ def main(script, argv):
         print(f"| {verb} | {watch.calls.get(verb, '')} | {seconds:.1f} | {seconds / total:.1%} |")
     print(f"| all | | {total:.1f} | |")
     Path("out/bench").mkdir(parents=True, exist_ok=True)
-    Path(f"out/bench/road_{stage}.json").write_text(json.dumps(watch.seconds, indent=1), encoding="utf-8")
+    Path(f"out/bench/road_{stage}.json").write_text(json.dumps({**env.stamp(), "seconds": watch.seconds, "calls": watch.calls}, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    from nanollm.config import UserError
+    try:
+        if len(sys.argv) < 2 or Path(sys.argv[1]).stem not in ("train_pretrain", "train_sft", "train_rm", "train_dpo"):
+            raise UserError("bench/road.py wants a training script and its options: python bench/road.py train_pretrain.py --config configs/demo/pretrain.toml")
+        main(sys.argv[1], sys.argv[2:])
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)

@@ -2,14 +2,17 @@
 
     python bench/step.py                                                     ours and transformers, vocabulary 6,400
     python bench/step.py --nanogpt DIR --minimind DIR --vocab 6400 64793     and two checked-out repositories
+    python bench/step.py --vocab 64793 --updates 18 --rounds 1               one round; 2 + 18 updates, after which memory has settled
 
 Every row of the table is a process of its own, started anew in each round (A B C, A B C, …), so that none inherits memory or
-a warm cache from another, and slow minutes of the machine fall on all. Peak memory is that process's high-water mark after
-warmup + steps updates. Each gets the same fused AdamW and the same clipping; the models are as their authors wrote them.
+a warm cache from another, and slow minutes of the machine fall on all: a ratio is the median of the rounds' own ratios. Peak
+memory is that process's high-water mark after warmup + timed updates. Each gets the same fused AdamW and the same clipping; the
+models are as their authors wrote them. A record says its shape, machine and versions; only equal ones share a table.
 """
+import dataclasses
+import importlib.metadata
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -21,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from nanollm import env
 from nanollm.config import UserError, arg, run
 
 SIDES = ["ours", "ours, activation checkpointing", "ours, compiled", "transformers", "nanoGPT", "minimind"]
@@ -37,11 +41,11 @@ class Config:
     n_heads: int = arg(8, "heads")
     seq_len: int = arg(512, "context", unit="tokens")
     batch_size: int = arg(4, "rows")
-    steps: int = arg(18, "timed updates in each process", least=1)
+    updates: list = arg([], "timed updates in each process, a number for each vocabulary; none = 8 below a vocabulary of 32,000, else 18")
     warmup: int = arg(2, "updates before the clock starts (the compiled one takes 3 more)")
     rounds: int = arg(2, "processes for each row", least=1)
     threads: int = arg(2, "CPU threads", least=1)
-    out: str = arg("out/bench/step.json", "results are added to this file; the table is made of all in it")
+    out: str = arg("out/bench/step.json", "results are added to this file; the tables are made of all in it that were measured alike")
     worker: str = arg("", "used by the script itself: measure this one row and print JSON")
 
 
@@ -109,44 +113,60 @@ def measure(cfg, side):
     inputs, targets = torch.randint(0, vocab, (2, cfg.batch_size, cfg.seq_len))
     seconds = []
     warmup = cfg.warmup + 3 * side.endswith("compiled")
-    for _ in range(warmup + cfg.steps):
+    updates = int(cfg.updates[0])
+    for _ in range(warmup + updates):
         began = time.perf_counter()
         loss_of(inputs, targets).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seconds.append(time.perf_counter() - began)
-    status = Path("/proc/self/status")
-    if status.exists():
-        peak = int(status.read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]) / 1024
-    else:
-        import resource
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "darwin" else 10)
+    peak = env.peak_rss_mb()
     weights = sum(p.numel() for n, p in model.named_parameters() if p.dim() > 1 and "wpe" not in n)
     tokens = cfg.batch_size * cfg.seq_len
     flops = tokens * (6 * weights + 12 * cfg.n_layers * cfg.dim * cfg.seq_len)
     step = median(seconds[warmup:])
     record = {"side": side, "vocab": vocab, "tokens_per_s": tokens / step, "seconds": [round(s, 4) for s in seconds[warmup:]], "peak_rss_mb": peak,
-              "gflops": flops / step / 1e9, "matmul_peak": matmul_peak(), "parameters": sum(p.numel() for p in model.parameters()),
-              "updates": warmup + cfg.steps}
+              "gflops": flops / step / 1e9, "matmul_peak": matmul_peak(), "parameters": sum(p.numel() for p in model.parameters()), "updates": warmup + updates}
     print(json.dumps(record), file=stdout)
 
 
-def table(records, vocab):
-    """Markdown. Ratios are against the fastest row that is not ours; medians over rounds, the matmul peak over all processes."""
+def setting(cfg, vocab):
+    """What must be equal for two records to be compared: vocabulary, shape, timed updates, threads, machine, versions, day."""
+    shape = {key: getattr(cfg, key) for key in ("dim", "n_layers", "n_heads", "seq_len", "batch_size", "warmup", "threads")}
+    versions = {"transformers": importlib.metadata.version("transformers")} if "transformers" in {d.name for d in importlib.metadata.distributions()} else {}
+    return {"vocab": vocab, "updates": timed(cfg, vocab), **shape, **env.stamp(), **versions}
+
+
+def timed(cfg, vocab):
+    return int(dict(zip(cfg.vocab, cfg.updates)).get(str(vocab), 8 if vocab < 32_000 else 18))
+
+
+def summary(records):
+    """{side: figures} of the records of one setting: medians over rounds; ratios to the fastest row that is not ours, each the
+    median of the ratios within a round."""
     rows = {}
     for r in records:
-        if r["vocab"] == vocab:
-            rows.setdefault(r["side"], []).append(r)
-    mid = lambda side, key: median(r[key] for r in rows[side])
-    peers = [s for s in rows if not s.startswith("ours")]
-    best = max(peers, key=lambda s: mid(s, "tokens_per_s"), default=None)
-    print(f"\nvocabulary {vocab:,}; matmul peak {median(r['matmul_peak'] for side in rows.values() for r in side):.0f} GFLOP/s; ratios to {best}\n")
+        rows.setdefault(r["side"], {})[r["round"]] = r
+    mid = lambda side, key: median(r[key] for r in rows[side].values())
+    best = max((s for s in rows if not s.startswith("ours")), key=lambda s: mid(s, "tokens_per_s"), default=None)
+
+    def ratio(side, key):
+        both = [i for i in rows[side] if best and i in rows[best]]
+        return median(rows[side][i][key] / rows[best][i][key] for i in both) if both else None
+    return {side: {**{key: mid(side, key) for key in ("tokens_per_s", "peak_rss_mb", "gflops", "matmul_peak")}, "speed_ratio": ratio(side, "tokens_per_s"),
+                   "rss_ratio": ratio(side, "peak_rss_mb"), "rounds": len(rows[side]), "best": side == best} for side in sorted(rows, key=SIDES.index)}
+
+
+def table(how, found):
+    """Markdown of a summary."""
+    best = next((side for side, f in found.items() if f["best"]), "nobody")
+    print(f"\nvocabulary {how['vocab']:,}; matmul peak {median(f['matmul_peak'] for f in found.values()):.0f} GFLOP/s; ratios to {best}; {how['cpu']}, "
+          f"{how['threads']} threads, PyTorch {how['torch']}, {how['date']}\n")
     print("| | tokens/s | ratio | peak RSS, MB | ratio | GFLOP/s | rounds |\n|---|---|---|---|---|---|---|")
-    for side in sorted(rows, key=SIDES.index):
-        speed, memory = mid(side, "tokens_per_s"), mid(side, "peak_rss_mb")
-        ratios = (f"{speed / mid(best, 'tokens_per_s'):.2f}", f"{memory / mid(best, 'peak_rss_mb'):.2f}") if best else ("", "")
-        print(f"| {side} | {speed:.0f} | {ratios[0]} | {memory:.0f} | {ratios[1]} | {mid(side, 'gflops'):.0f} | {len(rows[side])} |")
+    for side, f in found.items():
+        speed, rss = ("" if f[key] is None else f"{f[key]:.2f}" for key in ("speed_ratio", "rss_ratio"))
+        print(f"| {side} | {f['tokens_per_s']:.0f} | {speed} | {f['peak_rss_mb']:.0f} | {rss} | {f['gflops']:.0f} | {f['rounds']} |")
 
 
 def main(cfg):
@@ -155,27 +175,33 @@ def main(cfg):
     unknown = [s for s in cfg.sides if s not in SIDES]
     if unknown:
         raise UserError(f"--sides {unknown[0]!r} is unknown; use {', '.join(map(repr, SIDES))}")
+    if not all(str(n).isdecimal() and int(n) for n in [*cfg.vocab, *cfg.updates]) or len(cfg.updates) not in (0, len(cfg.vocab)):
+        raise UserError("--vocab and --updates want whole numbers, one number of updates for each vocabulary")
+    cfg = dataclasses.replace(cfg, vocab=[str(v) for v in cfg.vocab])
     sides = [s for s in cfg.sides or SIDES if (s != "nanoGPT" or cfg.nanogpt) and (s != "minimind" or cfg.minimind)]
     out = Path(cfg.out)
     done = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"records": []}
-    done |= {"torch": torch.__version__, "python": platform.python_version(), "threads": cfg.threads, "cores": os.cpu_count()}
     out.parent.mkdir(parents=True, exist_ok=True)
-    shape = [f"--{name}={getattr(cfg, name)}" for name in ("nanogpt", "minimind", "dim", "n_layers", "n_heads", "seq_len", "batch_size", "steps",
-                                                           "warmup", "threads")]
+    shape = [f"--{name}={getattr(cfg, name)}" for name in ("nanogpt", "minimind", "dim", "n_layers", "n_heads", "seq_len", "batch_size", "warmup", "threads")]
+    began = time.strftime("%Y-%m-%d %H:%M:%S")
     for vocab in cfg.vocab:
+        how = setting(cfg, int(vocab))
         for i in range(cfg.rounds):
             for side in sides:
-                command = [sys.executable, __file__, "--worker", side, "--vocab", str(vocab), *shape]
+                command = [sys.executable, __file__, "--worker", side, "--vocab", vocab, "--updates", str(how["updates"]), *shape]
                 child = subprocess.run(command, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": str(cfg.threads)}, encoding="utf-8")
                 if child.returncode:
                     print(f"{side}: failed with code {child.returncode}, left out", flush=True)
                     continue
-                record = json.loads(child.stdout.splitlines()[-1])
+                record = json.loads(child.stdout.splitlines()[-1]) | {"round": f"{began}, {i + 1}", "setting": how}
                 done["records"].append(record)
                 print(f"vocabulary {vocab}, round {i + 1}, {side}: {record['tokens_per_s']:.0f} tokens/s, {record['peak_rss_mb']:.0f} MB", flush=True)
                 out.write_text(json.dumps(done, indent=1), encoding="utf-8")
-    for vocab in sorted({r["vocab"] for r in done["records"]}):
-        table(done["records"], vocab)
+        if alike := [r for r in done["records"] if r.get("setting") == how]:
+            found = summary(alike)
+            table(how, found)
+            done["tables"] = [t for t in done.get("tables", []) if t["setting"] != how] + [{"setting": how, "sides": found}]
+            out.write_text(json.dumps(done, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

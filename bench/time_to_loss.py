@@ -4,7 +4,7 @@
     python bench/time_to_loss.py --text input.txt --ours                         ours alone; then any change, e.g.
     python bench/time_to_loss.py --text input.txt --ours --optimizer adamw --learning_rate 2e-3
 
-nanoGPT: its own train.py, unchanged, with the command of its README for "a macbook" (context 64, batch 12, 4 layers, 4 heads,
+nanoGPT: its own train.py, unchanged but for the random seed, with the command of its README for "a macbook" (context 64, batch 12, 4 layers, 4 heads,
 width 128, 2,000 updates). Ours: the loop below, of the package's model, optimizer and schedule, with the same context, the same
 90/10 split and no more parameters. Seconds are those of the updates (fetch, forward, backward, clip, step), without imports,
 evaluation and saving. The loss is the mean over all windows of 64 characters of the validation split.
@@ -13,7 +13,6 @@ import dataclasses
 import json
 import os
 import pickle
-import platform
 import re
 import shutil
 import statistics
@@ -30,10 +29,11 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 
-from nanollm import dist, variants
+from bench.step import matmul_peak
+from nanollm import dist, env, variants
 from nanollm.config import UserError, arg, run
 from nanollm.losses import cross_entropy
-from nanollm.model import ModelArgs
+from nanollm.model import ModelArgs, flops_per_token
 from nanollm.optim import get_lr, make_optimizer
 
 T = 64
@@ -64,7 +64,7 @@ class Config:
     batch_size: int = arg(16, "windows an update")
     max_steps: int = arg(280, "updates")
     dtype: str = arg("bfloat16", "of the matrix products: bfloat16 or float32")
-    seed: int = arg(0, "initial weights and order of the data")
+    seed: int = arg(0, "initial weights and order of the data; side by side, round r has seed + r on both sides")
 
 
 def read(path):
@@ -120,17 +120,22 @@ def ours(cfg):
 
     model.eval()
     return {"seconds": seconds, "updates": cfg.max_steps, "tokens": cfg.max_steps * cfg.batch_size * T,
-            "loss": validation_loss(model, val), "parameters": sum(p.numel() for p in model.parameters())}
+            "loss": validation_loss(model, val), "parameters": sum(p.numel() for p in model.parameters()),
+            "gflops": cfg.max_steps * cfg.batch_size * T * flops_per_token(model, T) / seconds / 1e9}
 
 
-def nanogpt(cfg):
-    """Run their train.py in a copy of their directory and read the times that it prints, one for each update; then load the
+def nanogpt(cfg, seed):
+    """Run their train.py in a copy of their directory (its seed, a number in its source, is replaced) and read the times that it prints, one for each update; then load the
     checkpoint that it saves after its 2,000th update. The times of iteration 0 and 2000 hold an evaluation and are left out:
     seconds = the mean of the other 1,999, times 2,000."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "nanoGPT")
         shutil.copytree(cfg.nanogpt, copy, ignore=shutil.ignore_patterns(".git", "*.bin", "*.pt"))
         train, val, chars = read(cfg.text)
+        source = (copy / "train.py").read_text(encoding="utf-8")
+        if "torch.manual_seed(1337 + seed_offset)" not in source:
+            raise UserError(f"--nanogpt {cfg.nanogpt}: its train.py no longer sets the seed as it did; this benchmark knows the version of 2024")
+        (copy / "train.py").write_text(source.replace("torch.manual_seed(1337 + seed_offset)", f"torch.manual_seed({seed})"), encoding="utf-8")
         data = copy / "data/shakespeare_char"                  # as its prepare.py writes them
         train.tofile(data / "train.bin")
         val.tofile(data / "val.bin")
@@ -144,8 +149,10 @@ def nanogpt(cfg):
         checkpoint = torch.load(copy / "out-shakespeare-char/ckpt.pt", weights_only=False)
     model = GPT(GPTConfig(**checkpoint["model_args"])).eval()
     model.load_state_dict(checkpoint["model"])
+    seconds = 2000 * statistics.mean(times[i] for i in range(1, 2000))
+    flops = 6 * sum(p.numel() for n, p in model.named_parameters() if p.dim() > 1 and "wpe" not in n) + 12 * 4 * 128 * T       # as ours are counted
     every_place = lambda tokens: model(tokens, tokens)[0]      # without targets it computes the last place only
-    return {"seconds": 2000 * statistics.mean(times[i] for i in range(1, 2000)), "updates": checkpoint["iter_num"],
+    return {"seconds": seconds, "gflops": 2000 * 12 * T * flops / seconds / 1e9, "updates": checkpoint["iter_num"],
             "tokens": 2000 * 12 * T, "loss": validation_loss(every_place, val), "parameters": sum(p.numel() for p in model.parameters()),
             "rss_mb": rss}
 
@@ -159,7 +166,7 @@ def alone(command, cfg, cwd=None):
         if status:
             raise UserError(f"{' '.join(command)} failed; what it says stands above")
         f.seek(0)
-        return f.read(), usage.ru_maxrss / 1024
+        return f.read(), usage.ru_maxrss / 2 ** (20 if sys.platform == "darwin" else 10)         # macOS counts bytes, Linux kilobytes
 
 
 def main(cfg):
@@ -170,20 +177,21 @@ def main(cfg):
     if not Path(cfg.nanogpt, "train.py").is_file() or not cfg.nanogpt:
         raise UserError(f"--nanogpt {cfg.nanogpt}: no train.py there; give the directory of nanoGPT, or --ours")
     results = {"nanoGPT": [], "nanollm": []}
-    for _ in range(cfg.rounds):
-        results["nanoGPT"].append(nanogpt(cfg))
-        output, rss = alone([sys.executable, __file__, *sys.argv[1:], "--ours"], cfg)
+    for seed in range(cfg.seed, cfg.seed + cfg.rounds):
+        results["nanoGPT"].append(nanogpt(cfg, seed))
+        output, rss = alone([sys.executable, __file__, *sys.argv[1:], "--ours", "--seed", str(seed)], cfg)
         results["nanollm"].append(json.loads(output.splitlines()[-1]) | {"rss_mb": rss})
-    print(f"| side | parameters | updates | tokens | seconds | tokens/s | validation loss | peak RSS |\n{'|---' * 8}|")
+    torch.set_num_threads(cfg.threads)
+    peak = matmul_peak()
+    print(f"| side | parameters | updates | tokens | seconds | tokens/s | GFLOP/s of {peak:.0f} | validation loss | peak RSS |\n{'|---' * 9}|")
     for name, runs in results.items():
         for r in runs:
             print(f"| {name} | {r['parameters']:,} | {r['updates']:,} | {r['tokens']:,} | {r['seconds']:.1f} | "
-                  f"{r['tokens'] / r['seconds']:,.0f} | {r['loss']:.4f} | {r['rss_mb']:.0f} MB |")
+                  f"{r['tokens'] / r['seconds']:,.0f} | {r['gflops']:.0f} | {r['loss']:.4f} | {r['rss_mb']:.0f} MB |")
     ratio = statistics.median(b["seconds"] / a["seconds"] for a, b in zip(results["nanoGPT"], results["nanollm"]))
     print(f"median ratio of seconds: {ratio:.3f}")
     Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(cfg.out).write_text(json.dumps({"ratio": ratio, "threads": cfg.threads, "torch": torch.__version__, "python": platform.python_version(),
-                                         "machine": platform.processor() or platform.machine(), **results}, indent=1), encoding="utf-8")
+    Path(cfg.out).write_text(json.dumps({"ratio": ratio, "threads": cfg.threads, "matmul_peak": peak, **env.stamp(), **results}, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

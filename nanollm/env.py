@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -104,6 +105,23 @@ def describe():
              ("compiler", compiler()),
              ("packages", ", ".join(f"{p} {v}" for p in PACKAGES if (v := version(p))))]
     return lines + [("variables", ", ".join(f"{k}={os.environ[k]}" for k in VARIABLES if k in os.environ) or "none set")]
+
+
+def stamp():
+    """Where and when a figure was measured, for the JSON of a benchmark."""
+    return {"cpu": cpu_model(), "cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
+
+
+def peak_rss_mb():
+    """The largest resident memory that this process has had, in MB; None on systems that do not tell (Windows)."""
+    status = Path("/proc/self/status")
+    if status.exists():                              # getrusage would begin with what the parent had when it started us
+        return int(status.read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]) / 1024
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "darwin" else 10)      # macOS counts bytes
 
 
 def main():

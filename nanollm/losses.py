@@ -43,6 +43,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=exact) if wanted[1] else None
         for i in range(0, len(targets), chunk):
             h, t = hidden[i : i + chunk].to(dtype), targets[i : i + chunk]
+            logits = logp = d = None                         # let go of the last chunk's first, or two would be held at once
             logits = ONEDNN(h, w, None, "none", [], "") if fast else h @ w.T               # (chunk, V), the one large tensor
             logp = logits.to(exact)
             logp = torch.log_softmax(logp, -1, out=logp)                                   # in its place

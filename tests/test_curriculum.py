@@ -234,6 +234,23 @@ def test_a_resumed_run_equals_the_straight_one_bit_for_bit(world, mixed, tmp_pat
     assert any(not torch.equal(v, want[k]) for k, v in weights(tmp_path / "plain").items())        # the order does matter
 
 
+def test_continued_pretraining_reads_old_and_new_data_in_their_shares(world, mixed, tmp_path, monkeypatch):
+    """--init_from and --mix in one run: it starts from the old weights, three rows in four are new, and it resumes to the bit."""
+    read, examples = {"web": 0, "code": 0}, TokenFile.examples
+
+    def noting(self, row):
+        read[self.directory.name] += self.split == "train"
+        return examples(self, row)
+    monkeypatch.setattr(TokenFile, "examples", noting)
+    changes = {"data": str(mixed / "tokens"), "mix": ["web:1", "code:3"], "init_from": str(world / "base"), "max_seq_len": 64}
+    run(world, tmp_path / "straight", **changes)
+    assert read["code"] == 3 * read["web"] > 0
+    want, base = weights(tmp_path / "straight"), weights(world / "base")
+    assert 0 < max((want[k] - base[k]).abs().max().item() for k in want) < 0.1              # a fresh start would be as far as the weights are large
+    got = resumed_at(world, tmp_path / "straight", tmp_path / "again", 4, **changes)
+    assert all(torch.equal(got[k], want[k]) for k in want)
+
+
 def test_a_checkpoint_remembers_what_the_phases_were(mixed, tmp_path, world):
     """Not the name of the file: with other phases inside, resuming is refused."""
     changes = {"data": str(mixed / "tokens"), "phases": str(tmp_path / "phases.toml"), "max_steps": 3}

@@ -93,6 +93,20 @@ class Patchy(torch.nn.Module):
         return (self.odd if rank % 2 else self.even)(x)
 
 
+def beside_torchs(ctx, micro):
+    """One update of our DDP and of torch's, of `micro` micro-batches -> largest difference (of a gradient's largest number), norm, our DDP, last rows."""
+    ours, theirs = (tiny_lm(ctx.rank) for _ in range(2))
+    ours, theirs = dist.DDP(ours, ctx, bucket_mb=0.01), torch.nn.parallel.DistributedDataParallel(theirs)
+    for i in range(micro):
+        x = torch.randint(0, 60, (3, 9), generator=torch.Generator().manual_seed(10 * ctx.rank + i))
+        ours.sync = theirs.require_backward_grad_sync = i == micro - 1
+        for m in (ours, theirs):
+            m(x).logsumexp(-1).square().mean().backward()
+    ours.wait()
+    apart = max(((a.grad - b.grad).abs().max() / b.grad.abs().max()).item() for a, b in zip(ours.parameters(), theirs.parameters()))
+    return apart, sum(p.grad.norm() for p in ours.parameters()).item(), ours, x
+
+
 def worker(out):
     """Everything that needs two processes, in one start of them."""
     ctx = dist.init("cpu")
@@ -103,18 +117,8 @@ def worker(out):
             folder.mkdir(exist_ok=True)
             seen[name, kind] = train(name, kind, ctx, folder)
 
-    # our DDP beside torch's, with and without accumulation
     for micro in (1, 3):
-        ours, theirs = (tiny_lm(ctx.rank) for _ in range(2))
-        ours, theirs = dist.DDP(ours, ctx, bucket_mb=0.01), torch.nn.parallel.DistributedDataParallel(theirs)
-        for i in range(micro):
-            x = torch.randint(0, 60, (3, 9), generator=torch.Generator().manual_seed(10 * ctx.rank + i))
-            ours.sync = theirs.require_backward_grad_sync = i == micro - 1
-            for m in (ours, theirs):
-                m(x).logsumexp(-1).square().mean().backward()
-        ours.wait()
-        seen["torch", micro] = max((a.grad - b.grad).abs().max().item() for a, b in zip(ours.parameters(), theirs.parameters()))
-        seen["norm", micro] = sum(p.grad.norm() for p in ours.parameters()).item()
+        seen["torch", micro], seen["norm", micro], ours, x = beside_torchs(ctx, micro)
 
     # gradients are views into the buckets, also those that waited for the last micro-batch
     spans = [(flat.data_ptr(), flat.data_ptr() + 4 * flat.numel()) for flat in ours.flats]

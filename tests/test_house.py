@@ -184,12 +184,12 @@ def test_a_script_is_short_and_importable(path):
 
 
 def test_the_loop_of_a_training_script_fits_on_a_screen():
-    """From `while True:` to its end in about 45 lines, comments aside."""
+    """From `while True:` to its end in 45 lines, empty ones and comments aside."""
     for path in TRAINING:
         main = next(n for n in tree(path).body if isinstance(n, ast.FunctionDef) and n.name == "main")
         loop = next(n for n in main.body if isinstance(n, ast.While))
         lines = path.read_text(encoding="utf-8").splitlines()[loop.lineno - 1 : loop.end_lineno]
-        assert sum(bool(line.strip()) and not line.strip().startswith("#") for line in lines) <= 50, path.name
+        assert sum(bool(line.strip()) and not line.strip().startswith("#") for line in lines) <= 45, path.name
 
 
 CORPUS_CORE = {"clean.py", "bpe.py", "stage.py"}       # the rest of corpus/ is what a large corpus needs: a wing
@@ -197,12 +197,13 @@ CORPUS_CORE = {"clean.py", "bpe.py", "stage.py"}       # the rest of corpus/ is 
 
 def test_the_road_stays_readable():
     """model.py at most 400 lines; what one must read to follow a text from prepare_data.py to chat.py about 3,250 lines of
-    package (the demo world, pictures, evaluation, interchange and the corpus tools at scale stand aside) and 1,700 of
-    scripts; no line too wide."""
+    package and 1,700 of scripts; no line too wide. Aside stand the demo world, pictures, evaluation, interchange, planner, slices and
+    variants; the corpus tools at scale; corpus/edits.py, the rules of cleaning, which one looks up and does not read; and
+    mixture.py, which only a run with --mix, --phases or --curriculum comes to."""
     def length(paths):
         return sum(len(p.read_text(encoding="utf-8").splitlines()) for p in paths)
     assert length([ROOT / "nanollm" / "model.py"]) <= 400
-    assert length(SCRIPTS) <= 1800
+    assert length(SCRIPTS) <= 1700
     aside = {"tools", "variants", "world.py", "report.py", "evaluation.py", "hf.py", "peft.py", "foreign_tokenizers.py", "curriculum.py", "mixture.py", "parallel.py", "zero.py", "by_hand.py",
              "plan.py", "plot.py", "env.py"}
     assert length(p for p in PACKAGE if not aside & set(p.parts) and (p.parent.name != "corpus" or p.name in CORPUS_CORE)) <= 3250

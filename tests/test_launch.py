@@ -51,12 +51,12 @@ def finish(processes, timeout=300):
 
 
 def test_two_launchers_are_two_machines(world, tmp_path):
-    """The commands of the documentation on two addresses of this machine: one run, the metrics of one process, one line for all
+    """The commands of the documentation, both launchers on this machine: one run, the metrics of one process, one line for all
     that says how many processes and threads there are."""
     port, words = free_port(), flags(options("pretrain", world, tmp_path / "two"))
     logs = [open(tmp_path / f"node{i}.log", "w+b") for i in range(2)]
     nodes = [torchrun("--nproc_per_node=1", "--nnodes=2", f"--node_rank={i}", "--master_addr=127.0.0.1", f"--master_port={port}",
-                      f"--local_addr=127.0.0.{i + 1}", "train_pretrain.py", *words, log=logs[i]) for i in range(2)]
+                      "--local_addr=127.0.0.1", "train_pretrain.py", *words, log=logs[i]) for i in range(2)]
     codes = finish(nodes)
     said = [(tmp_path / f"node{i}.log").read_text(encoding="utf-8") for i in range(2)]
     assert codes == [0, 0], "\n".join(said)
@@ -83,9 +83,13 @@ def test_a_killed_worker_is_started_again_and_goes_on(world, tmp_path):
 
 
 WAITS = """
-import os, sys, time
+import os, pathlib, sys, time
 from nanollm import config, dist
 def main(cfg):
+    here = pathlib.Path(sys.argv[2])
+    (here / os.environ["RANK"]).touch()
+    while len(list(here.iterdir())) < 2:                      # importing torch may take longer than the timeout: wait for each other first
+        time.sleep(0.01)
     ctx = dist.init("cpu")
     if ctx.rank == 1:
         os._exit(1) if sys.argv[1] == "dies" else time.sleep(300)
@@ -100,9 +104,10 @@ config.run(main, Config)
 def test_waiting_in_vain_ends_with_a_sentence_and_code_2(tmp_path, fate, says):
     """Process 1 dies without a word, or sleeps past NANOLLM_TIMEOUT; process 0 says what is likely and ends, without a traceback."""
     port = free_port()
+    (tmp_path / "here").mkdir()
     with open(tmp_path / "log", "w+b") as log:
-        env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NANOLLM_TIMEOUT": "10"}
-        one, zero = (python(WAITS, fate, log=log if r == 0 else subprocess.DEVNULL, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in (1, 0))
+        env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NANOLLM_TIMEOUT": "5"}
+        one, zero = (python(WAITS, fate, tmp_path / "here", log=log if r == 0 else subprocess.DEVNULL, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in (1, 0))
         try:
             code = finish([zero])
         finally:

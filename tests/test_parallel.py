@@ -3,6 +3,7 @@
 `worker` runs in two and then in four gloo processes; the tests compare with this process.
 """
 import functools
+import math
 import os
 import types
 
@@ -16,12 +17,13 @@ from nanollm import dist, parallel, peft
 from nanollm.config import UserError
 from nanollm.model import RewardModel
 from nanollm.optim import make_optimizer, update
+from test_dist import beside_torchs
 from test_scripts import start, train_lines
 
 STEPS, HALF, G = 4, 2, 4
-MODELS = ("tied", "untied", "reward", "lora", "checkpointing")
+MODELS = ("tied", "untied", "reward", "lora", "checkpointing", "bfloat16", "float16")
 LAYOUTS = {2: [("fsdp", 1), ("ddp", 2)], 4: [("fsdp", 1), ("ddp", 4), ("fsdp", 2)]}        # processes: (--parallel, --tp)
-CASES = [(n, *layout, kind) for n in LAYOUTS for layout in LAYOUTS[n] for kind in (MODELS if n == 2 else ("tied",)) if layout[1] == 1 or kind != "lora"]
+CASES = [(n, *layout, kind) for n in LAYOUTS for layout in LAYOUTS[n] for kind in (MODELS if n == 2 else ("tied",)) if layout[1] == 1 or kind != "lora" and (kind, layout[0]) != ("float16", "ddp")]
 
 
 def one():
@@ -52,8 +54,8 @@ def loss_of(model, batch):
 
 def train(ctx, kind, first=0, last=STEPS, save=None, load=None, seed=7):
     """Updates first … last - 1, the same rows whatever the number of ranks -> {losses, norms, state}."""
-    raw = model_of(kind, seed)
-    model = dist.wrap(raw, ctx)
+    raw, dtype = model_of(kind, seed), getattr(torch, kind) if "float" in kind else torch.float32
+    model, scaler = dist.wrap(raw, ctx, dtype=dtype), torch.amp.GradScaler("cpu", init_scale=256.0, enabled=kind == "float16")
     optimizer = make_optimizer(raw, learning_rate=1e-2)
     if load:
         parallel.load_full_state(raw, torch.load(load / "model.pt", weights_only=True))
@@ -65,12 +67,15 @@ def train(ctx, kind, first=0, last=STEPS, save=None, load=None, seed=7):
         count, loss = ctx.sum(sum(b.numel() for b in batches)), 0.0
         for i, batch in enumerate(batches):
             model.sync = i == len(batches) - 1
-            loss_sum, _ = loss_of(model, batch)
-            (loss_sum / count * ctx.world_size).backward()
+            with dist.autocast(torch.device("cpu"), dtype):
+                loss_sum, _ = loss_of(model, batch)
+            scaler.scale(loss_sum / count * ctx.world_size).backward()
             loss = loss + loss_sum.detach()
         model.wait()
         loss = ctx.sum(loss)
-        norms.append(float(update(raw, optimizer, torch.amp.GradScaler("cpu", enabled=False), 1.0, loss)))
+        if (kind, step) == ("float16", 1) and len(slice := parallel.local(raw.norm.weight.grad)) and (ctx.rank == ctx.world_size - 1):
+            slice[-1] = math.inf                             # an overflow that only one process's slice shows
+        norms.append(float(update(raw, optimizer, scaler, 1.0, loss)))
         losses.append(float(loss / count))
         model.zero_grad()
     dist.check_replicas(raw, ctx)
@@ -105,10 +110,13 @@ def worker(out):
         ctx.barrier()
     with pytest.raises(UserError, match="n_kv_heads 2 is not divisible by 3"):
         parallel.tensor_parallel(tiny_lm(n_heads=6, dim=48), types.SimpleNamespace(size=lambda: 3))
+    seen[n, "torch"] = [beside_torchs(dist.init("cpu"), micro)[:2] for micro in (1, 3)]
     model = dist.wrap(model_of("tied"), ctx)
     if n == 2:                                               # the last layout is --tp 2
         with pytest.raises(UserError, match="no plan for cutting this model's attention.wk.lora_A"):
             dist.wrap(model_of("lora"), ctx)
+        with pytest.raises(UserError, match="--dtype float16 with --tp"):
+            dist.wrap(model_of("float16"), ctx, dtype=torch.float16)
         with CommDebugMode() as counted:
             model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
         seen["all-reduces"] = sum(counted.get_comm_counts().values())
@@ -156,11 +164,28 @@ def test_the_bubble_of_a_pipeline_by_counting():
         assert (total - m) / total == pytest.approx((p - 1) / (m + p - 1))
 
 
+@pytest.mark.parametrize("n", LAYOUTS)
+def test_our_ddp_equals_torchs_to_1e_6_with_more_ranks(seen, n):
+    """Of the largest number in each gradient: gloo adds up in an order that depends on where a bucket begins. With two ranks to the bit."""
+    assert all(apart < 1e-6 and norm > 1e-3 for apart, norm in seen[n, "torch"]) and (n > 2 or all(apart == 0 for apart, _ in seen[n, "torch"]))
+
+
+def assert_mixed(got, want, kind):
+    """16-bit products in blocks that were gathered in 16 bits: as one process under autocast, to 1e-2. What one process's slice makes
+    overflow in fp16 is left out by all."""
+    assert got["losses"] == pytest.approx(want["losses"], rel=1e-2) and got["losses"] != alone("tied")["losses"]
+    assert [math.isfinite(norm) for norm in got["norms"]] == [math.isfinite(norm) for norm in want["norms"]] == [True, kind != "float16", True, True]
+    assert [a for a in got["norms"] if math.isfinite(a)] == pytest.approx([b for b in want["norms"] if math.isfinite(b)], rel=1e-2)
+    assert {t.dtype for t in got["state"].values()} == {torch.float32} and all(t.isfinite().all() for t in got["state"].values())
+
+
 @pytest.mark.parametrize("n, parallel_, tp, kind", CASES)
 def test_a_model_in_slices_trains_as_a_whole_one(seen, n, parallel_, tp, kind):
     """Losses and gradient norms to 1e-5, with two micro-batches an update and gradients that travel with the last one only: tied
     and separate embeddings, a reward model, LoRA with its frozen weights, recomputed activations."""
     got, want = seen[n, parallel_, tp, kind], alone(kind)
+    if "float" in kind:
+        return assert_mixed(got, want, kind)
     assert got["losses"] == pytest.approx(want["losses"], rel=1e-5) and got["norms"] == pytest.approx(want["norms"], rel=1e-5)
     assert largest_difference(got["state"], want["state"]) < 1e-4                     # Adam divides by gradients near zero
     assert want["losses"][0] - want["losses"][-1] > 1e-3 or kind == "reward"

@@ -1,5 +1,6 @@
 """The four training scripts as a user runs them: three real steps in one process and in two, refusals in one sentence,
 and a kill -9 that leaves no trace in the result."""
+import io
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import re
 import shutil
 import signal
 import time
+import types
 
 import pytest
 import torch
@@ -20,7 +22,9 @@ from conftest import (chats, flags, largest_difference, metrics, options, pairs,
 from nanollm import checkpoint, dist
 from nanollm.config import parse, run
 from nanollm.corpus.pack import write_tokens
+from nanollm.log import Logger
 from nanollm.model import RewardModel
+from nanollm.optim import update
 from nanollm.tokenizer import bpe_tokenizer
 
 SCRIPTS = {"pretrain": train_pretrain, "sft": train_sft, "rm": train_rm, "dpo": train_dpo}
@@ -511,8 +515,7 @@ def test_patience_stops_the_run_and_best_holds_what_was_best(world, tmp_path, ca
     losses = {r["step"]: r["val/loss"] for r in records if "val/loss" in r}
     best = min(losses, key=losses.get)
     assert max(losses) == best + 6 < 60 and "early stop" in capsys.readouterr().out
-    if best:
-        assert checkpoint.load(tmp_path / "best")[2]["step"] == best
+    assert best > 0 and checkpoint.load(tmp_path / "best")[2]["step"] == best
     before = weights(tmp_path)
     assert len(train_lines(start("pretrain", world, tmp_path, **words, resume="auto"))) == len(train_lines(records))
     assert largest_difference(weights(tmp_path), before) == 0
@@ -540,10 +543,34 @@ def test_tensorboard_shows_what_metrics_jsonl_says(world, tmp_path):
     assert {"val/loss", "train/lr", "train/grad_norm", "train/tokens_per_s"} <= set(board.Tags()["scalars"])
 
 
-def test_time_in_the_log_goes_on_over_a_resume(world, tmp_path):
-    """"time" is the seconds worked, so that curves over time have no jump where a run rested."""
-    first = start("pretrain", world, tmp_path, max_steps=3)[-1]["time"]
-    time.sleep(0.3)
+def test_time_in_the_log_goes_on_over_a_resume(world, tmp_path, monkeypatch):
+    """"time" is the seconds worked, so that curves over time have no jump where a run rested: here for a day."""
+    now = [1e9]
+    monkeypatch.setattr("nanollm.log.time", types.SimpleNamespace(time=lambda: now[0]))
+    monkeypatch.setattr(train_pretrain, "update", lambda *a: (now.append(now.pop() + 1), update(*a))[1])          # each update takes a second
+    start("pretrain", world, tmp_path, max_steps=3)
+    now[0] += 86400
     records = start("pretrain", world, tmp_path, max_steps=6, resume="auto", override_schedule=True)
-    times = [r["time"] for r in records]
-    assert times == sorted(times) and next(r["time"] for r in records if r["step"] > 3) < first + 0.3
+    assert [r["time"] for r in train_lines(records)] == [1, 2, 3, 4, 5, 6]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_live_line_stands_on_a_terminal_only_and_gives_way_to_the_log(tmp_path, monkeypatch):
+    """Drawn over itself at most twice a second, with the place and the time to go; a line of the log begins where it stood."""
+    now, at = [1e9], checkpoint.Progress()
+    monkeypatch.setattr("nanollm.log.time", types.SimpleNamespace(time=lambda: now[0]))
+    for screen, main, drawn in ((Terminal(), True, True), (io.StringIO(), True, False), (Terminal(), False, False)):
+        monkeypatch.setattr("sys.stdout", screen)
+        at.step = 0
+        logger = Logger(tmp_path, main, at, max_steps=100)
+        for at.step in range(1, 9):                          # an update takes 0.2 s: one in three finds the last line old enough
+            now[0] += 0.2
+            logger.live(at)
+        logger(at.step, {"train/loss": 2.0})
+        lines = ["\rstep 1/100 | eta 0:19 ", "\rstep 4/100 | eta 0:19 ", "\rstep 7/100 | eta 0:18 "] if drawn else []
+        assert screen.getvalue() == "".join(lines) + ("\r" * drawn + "step   8/100 | loss 2 | eta 0:18\n" if main else "")
+
