@@ -14,7 +14,7 @@ import torch
 import train_pretrain
 from conftest import ROOT, tiny_tokenizer
 from nanollm import config, plan
-from nanollm.losses import linear_cross_entropy
+from nanollm.losses import cross_entropy, linear_cross_entropy
 from nanollm.model import KVCache, ModelArgs, parameter_count
 from nanollm.optim import make_optimizer
 from nanollm.sampler import Sampler
@@ -114,7 +114,7 @@ def test_checkpointing_keeps_the_blocks_inputs_and_the_insides_of_one():
 
 RSS = """
 import re, sys, torch
-from nanollm.losses import linear_cross_entropy
+from nanollm.losses import cross_entropy, linear_cross_entropy
 from nanollm.model import ModelArgs, Transformer
 from nanollm.optim import make_optimizer
 torch.set_num_threads(1)
@@ -360,3 +360,32 @@ def test_the_tables_of_the_page_are_computed(page):
         first, second, _ = arithmetic(path)
         tokens, best = re.search(r"= ([\d,]+) tokens an update", first)[1], re.search(r"Chinchilla: (.*) tokens,", second)[1]
         assert re.search(rf"`{path.stem}`.* \| {first[4:].split(' parameters')[0]} \| .* \| {tokens} \| {best} \|", text)
+
+
+@pytest.mark.parametrize("page", ["docs/distributed.md", "docs/zh/distributed.md"])
+def test_the_plan_on_the_page_about_many_gpus_is_computed(page):
+    """The notes' 218 M shape on four GPUs, whole, in slices of each kind, and cut in pieces."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    preset = tomllib.loads((ROOT / "configs" / "notes" / "baby_llama2_218m.toml").read_text(encoding="utf-8"))
+    args = ModelArgs(vocab_size=64793, **{f.name: preset[f.name] for f in dataclasses.fields(ModelArgs) if f.name in preset})
+    for how, names in (("ddp", "DDP"), ("zero1", "ZeRO-1"), ("fsdp", "FSDP"), ("tp", "tensor parallel|张量并行"), ("pipeline", "pipeline|流水线")):
+        m = plan.memory(args, preset["batch_size"], torch.bfloat16, parallel=how, gpus=4, checkpointing=True, accumulating=True)
+        assert re.search(rf"\| ({names}) \| " + r" \| ".join(f"{b / 1e9:.2f}" for b in m.values()) + r" \|", text), how
+
+
+@pytest.mark.parametrize("page", ["docs/model.md", "docs/zh/model.md"])
+def test_the_bytes_on_the_page_about_the_model_are_counted(page, monkeypatch):
+    """What autograd keeps of a step at dim 512, 8 layers, T 512, batch 4, counted as above, in MB of 10^6 bytes."""
+    import nanollm.model
+    text, by_hand, tokens = (ROOT / page).read_text(encoding="utf-8"), nanollm.model.by_hand, torch.zeros(4, 512, dtype=torch.long)
+    found = []
+    for vocab in (6_400, 64_793):
+        model = build(ModelArgs(dim=512, n_layers=8, n_heads=8, vocab_size=vocab, max_seq_len=512))
+        found.append([])
+        for hand, chunked, model.checkpointing in ((False, False, False), (True, False, False), (True, True, False), (True, True, True)):
+            monkeypatch.setattr(nanollm.model, "by_hand", by_hand if hand else lambda x: False)
+            head = (lambda h, output: linear_cross_entropy(h, output.weight, tokens)) if chunked else (lambda h, output: cross_entropy(output(h), tokens))
+            _, held = plan.kept_by_autograd(model, lambda: model(tokens, head=head))
+            found[-1].append(held / 1e6)
+    table = re.findall(r"^\| .* \| ([\d,]+) \| ([\d,]+) \|$", text.split("--activation_checkpointing")[1], re.M)
+    assert table[:4] == [(f"{a:,.0f}", f"{b:,.0f}") for a, b in zip(*found)]
