@@ -156,15 +156,16 @@ def main(cfg):
     prompts = cfg.sample_prompts or val.questions[:3]
 
     def evaluate():
-        return validate(model, reference, val, ctx, autocast, cfg) | {
-            "samples": evaluation.sample_prompts(raw, tokenizer, prompts, STAGE)}
+        metrics = validate(model, reference, val, ctx, autocast, cfg)
+        with autocast():                                     # under fsdp the blocks' weights are gathered in half precision
+            return metrics | {"samples": evaluation.sample_prompts(raw, tokenizer, prompts, STAGE)}
 
     fetch = Ahead(lambda step: [train.batch(rows) for rows in sampler.micro_batches(step)], ctx)
 
     while True:
         # [shared:evaluate_and_save]
         last, stop = at.step >= max_steps, ctx.stop_requested()           # asked to stop: save at once, evaluate another time
-        if (at.step % cfg.eval_every == 0 or last) and at.evaluated != at.step:
+        if (at.step % cfg.eval_every == 0 or last) and at.evaluated != at.step and not stop:
             metrics = evaluate()
             log(at.step, metrics)
             at.judge(metrics["val/loss"], counts=at.step % cfg.eval_every == 0)

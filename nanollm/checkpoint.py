@@ -133,15 +133,18 @@ def meta_of(path):
     return json.loads((path / "meta.json").read_text(encoding="utf-8"))
 
 
-def is_whole(path, checksums=False):
-    """True if meta.json can be read and every file has the size, and if asked the checksum, that it names."""
+def is_whole(path, checksums=False, skip=""):
+    """True if meta.json can be read and every file has the size, and if asked the checksum, that it names; no checksums of
+    files whose names begin with `skip`."""
     try:
         meta = meta_of(path)
         if checksums and "seal" in meta and meta["seal"] != seal(meta):
             return False
         for name, file in meta["files"].items():
             file = {"size": file} if isinstance(file, int) else file                     # version 1 had sizes only
-            if (path / name).stat().st_size != file["size"] or checksums and "sha256" in file and digest(path / name) != file["sha256"]:
+            if (path / name).stat().st_size != file["size"]:
+                return False
+            if checksums and "sha256" in file and not (skip and name.startswith(skip)) and digest(path / name) != file["sha256"]:
                 return False
         return True
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -154,23 +157,23 @@ def best_of(paths):
     return min(reversed(evaluated), key=lambda pair: pair[0], default=(None, None))[1]
 
 
-def find(path):
-    """The newest whole checkpoint in a run directory, its best one (RUN/best), or the checkpoint directory itself.
-    Raises UserError."""
+def find(path, skip=""):
+    """The newest whole checkpoint in a run directory, its best one (RUN/best), or the checkpoint directory itself; files whose
+    names begin with `skip` are taken on trust, but for their size. Raises UserError."""
     path = Path(path)
     if (path / "meta.json").exists():
-        if not is_whole(path, checksums=True):
+        if not is_whole(path, True, skip):
             raise UserError(f"the checkpoint {path} is damaged: a file is missing, cut short or changed; use an older one")
         return path
     run_dir = path.parent if path.name == "best" and not path.exists() else path
     candidates = sorted(run_dir.glob(PREFIX + "*"), reverse=True)
     if run_dir != path:
-        found = best_of(p for p in sorted(candidates) if is_whole(p, checksums=True))
+        found = best_of(p for p in sorted(candidates) if is_whole(p, True, skip))
         if not found:
             raise UserError(f"{path}: no checkpoint in {run_dir} was saved together with an evaluation; give {run_dir} for the newest")
         return found
     for candidate in candidates:
-        if is_whole(candidate, checksums=True):
+        if is_whole(candidate, True, skip):
             return candidate
         print(f"warning: skipping {candidate}: a file is missing, cut short or changed", flush=True)
     if candidates:
@@ -192,7 +195,7 @@ def load(path, device="cpu", expect=None, variants=()):
     expect: "lm" or "reward" refuses the other head in one sentence. variants: more than it was trained with, such as have no
     weights (docs/variants.md). Strict: every tensor must match by name and shape.
     """
-    path = find(path)
+    path = find(path, skip="training")                       # the largest part, and not read here
     meta = meta_of(path)
     if expect and meta["head"] != expect:
         kind = {"lm": "a language model", "reward": "a reward model"}
@@ -209,7 +212,8 @@ def load(path, device="cpu", expect=None, variants=()):
     try:
         model.load_state_dict(read(path, "model.pt"))
     except RuntimeError as e:
-        raise UserError(f"{path}: the weights do not fit the model that meta.json describes: {str(e).splitlines()[-1].strip()}") from None
+        extra = f" with --variants {' '.join(variants)}" if variants else ""
+        raise UserError(f"{path}: the weights do not fit the model that meta.json describes{extra}: {str(e).splitlines()[-1].strip()}") from None
     if meta.get("lora"):
         peft.merge_lora(model)
     return model.to(device).eval(), tokenizer, meta
@@ -277,21 +281,34 @@ class Saver:
         training = {"scaler": self.scaler.state_dict(), "rng": ctx.gather(rng)[:: ctx.tp]}
         if sharded:
             from nanollm import parallel
-            aside = ctx.gather(str(aside_of(self.out_dir, at.step)) if ctx.main else "")[0]
-            parallel.save_training(Path(aside) / "training", self.model, self.optimizer)
-            state = parallel.full_state(self.model)
+            failed = ctx.gather(self.no_room(at) if ctx.main else "")[0]
+            if failed:
+                raise UserError(failed)
+            aside = self.out_dir / f"{ASIDE}{at.step:08d}"
+            parallel.save_training(aside / "training", self.model, self.optimizer)
+            state = parallel.full_state(self.model, keep=ctx.main)
         else:
             training["optimizer"], state = self.optimizer.state_dict(), self.model.state_dict()
         failed = ""
         if ctx.main:
             try:
-                save(self.out_dir, at.step, self.model, self.tokenizer, self.stage, self.cfg, training, self.cfg.keep, state, aside and Path(aside),
+                save(self.out_dir, at.step, self.model, self.tokenizer, self.stage, self.cfg, training, self.cfg.keep, state, aside,
                      val_loss=at.val_loss if at.evaluated == at.step else None, milestone=at.step in self.milestones, progress=dataclasses.asdict(at))
             except UserError as e:
                 failed = str(e)
         if failed := ctx.gather(failed)[0]:                                              # all ranks leave together, none waits for the others
             raise UserError(failed)
         self.step = at.step
+
+    def no_room(self, at):
+        """Make the directory into which all processes write their slices; a sentence if that or the disk's room fails."""
+        need = 12 * sum(p.numel() for p in self.model.parameters())                      # fp32 weights and AdamW's two moments
+        try:
+            free = shutil.disk_usage(aside_of(self.out_dir, at.step)).free
+        except OSError as e:
+            return f"could not write into {self.out_dir}: {e.strerror}; free some disk space or change --out_dir"
+        sizes = f"{need / 2**20:,.0f} MB and the disk has {free / 2**20:,.0f}"
+        return "" if free > 1.02 * need else f"a checkpoint in {self.out_dir} needs {sizes}; free some disk space, then go on with --resume auto"
 
     def resume(self):
         """The Progress that --resume asks for, its state in place.
@@ -300,9 +317,9 @@ class Saver:
         starts afresh, anything else is a checkpoint's path. A worker that torchrun has started again after a crash goes on.
         """
         cfg, ctx, which = self.cfg, self.ctx, self.cfg.resume
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-            which = which or "auto"
         found = sorted(p.name for p in self.out_dir.glob(PREFIX + "*"))
+        if found and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+            which = "auto"                                    # this very run has written them, whatever it began from
         if any(there != found for there in ctx.gather(found)):
             raise UserError(f"the ranks do not see the same checkpoints in --out_dir {cfg.out_dir}: put it on a disk that all machines share")
         if not which and found:
@@ -320,9 +337,10 @@ class Saver:
                             f"away, or add --rollback N to set it aside and go on from here at a lower rate")
         at = self.load(path)
         if later:
-            at.slow_until = self.abandon(later) + cfg.rollback
-            if ctx.main:                                      # killed before the next save, it still goes on slowly
+            at.slow_until = step_of(later[-1]) + cfg.rollback
+            if ctx.main:                                      # first: killed from here on, it still goes on slowly
                 write_meta(path, meta_of(path) | {"progress": dataclasses.asdict(at)})
+            self.abandon(later)
         print(f"resumed {path} at step {at.step}" + (f"; up to step {at.slow_until} at {cfg.rollback_lr} of the rate" if later else ""), flush=True)
         return at
 
@@ -380,14 +398,12 @@ class Saver:
         return Progress(**meta["progress"]) if "progress" in meta else Progress(meta["step"], training.get("tokens", 0))
 
     def abandon(self, paths):
-        """Give checkpoints another name, so that nothing takes them for this run's. Returns the last one's step."""
-        last = step_of(paths[-1])
+        """Give checkpoints another name, so that nothing takes them for this run's."""
         self.ctx.barrier()                                    # every rank has seen them
         for path in paths if self.ctx.main else []:
             shutil.rmtree(path.with_name("abandoned_" + path.name), ignore_errors=True)
             path.rename(path.with_name("abandoned_" + path.name))
         self.ctx.barrier()
-        return last
 
     def roll_back(self, at, log):
         """Too many updates in a row without effect: with --rollback N the notes' recipe, go back to the newest checkpoint at
@@ -403,10 +419,10 @@ class Saver:
                             f"or --learning_rate")
         back = self.load(old[0])
         back.slow_until, back.rollbacks = at.step + cfg.rollback, at.rollbacks + 1
+        if ctx.main:                                          # first: killed from here on, the run goes on slowly too
+            write_meta(old[0], meta_of(old[0]) | {"progress": dataclasses.asdict(back)})
         if later := [p for p in whole if p.name > old[0].name]:
             self.abandon(later)
-        if ctx.main:                                          # killed from here on, the run goes on slowly too
-            write_meta(old[0], meta_of(old[0]) | {"progress": dataclasses.asdict(back)})
         log.rewind(back)
         log.event(back.step, f"rollback from step {at.step}: up to step {back.slow_until} at {cfg.rollback_lr} of the rate")
         return back

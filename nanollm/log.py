@@ -31,7 +31,7 @@ class Logger:
     """
 
     def __init__(self, out_dir, main, at, max_steps, tensorboard=False):
-        self.main, self.max_steps, self.board = main, max_steps, None
+        self.main, self.max_steps, self.tensorboard, self.board = main, max_steps, tensorboard, None
         self.path = Path(out_dir) / "metrics.jsonl"
         if main:
             try:
@@ -39,12 +39,6 @@ class Logger:
             except OSError as e:
                 raise UserError(f"--out_dir {out_dir} cannot be made or written: {e.strerror}; choose another directory") from None
         self.rewind(at)
-        if main and tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError("--tensorboard needs TensorBoard: pip install -e '.[tensorboard]'") from None
-            self.board = SummaryWriter(Path(out_dir) / "tensorboard", purge_step=at.step or None)
 
     def rewind(self, at):
         """Begin, or begin again, at the step where the run stands."""
@@ -52,11 +46,20 @@ class Logger:
         self.start, self.resumed, self.began = at.step, now, now - at.seconds
         self.mark_time, self.mark_tokens, self.drawn = now, at.tokens, 0.0
         if self.main and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            whole = "".join(line + "\n" for line in lines if at.step and kept(line, at.step))
+            lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")      # the last may be cut inside a character
+            fresh = at.step == 0 and at.evaluated < 0
+            whole = "".join(line + "\n" for line in lines if not fresh and kept(line, at.step))
             aside = self.path.with_suffix(".tmp")
             aside.write_text(whole, encoding="utf-8")
             aside.replace(self.path)
+        if self.main and self.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("--tensorboard needs TensorBoard: pip install -e '.[tensorboard]'") from None
+            if self.board:
+                self.board.close()
+            self.board = SummaryWriter(self.path.parent / "tensorboard", purge_step=at.step + 1 if at.step else None)
 
     def seconds(self):
         return time.time() - self.began
@@ -76,10 +79,14 @@ class Logger:
             f.write(json.dumps({"step": step, "time": round(self.seconds(), 2), **record}, ensure_ascii=False) + "\n")
 
     def event(self, step, text, **more):
-        """Something that happened once: a line of its own on the screen and in the file."""
+        """Something that happened once: a line of its own on the screen and, with all of `more`, in the file."""
         if self.main:
             self.write(step, {"event": text, **more})
-            print(f"step {step}: {text}" + "".join(f"; {k} {v}" for k, v in more.items()), flush=True)
+            self.line(f"step {step}: {text}" + "".join(f"; {k} {str(v)[:60]}{'…' * (len(str(v)) > 60)}" for k, v in more.items()))
+
+    def line(self, text):
+        """Print, in the place of the live line if there is one."""
+        print(("\r\033[K" if self.drawn else "") + text, flush=True)
 
     def live(self, at):
         """On a terminal: where the run is between two lines of the log."""
@@ -101,7 +108,7 @@ class Logger:
                     self.board.add_scalar(k if "/" in k else f"train/{k}", v, step)
         if step > self.start:
             parts.append(f"eta {self.eta(step)}")
-        print(("\r" if self.drawn else "") + " | ".join(parts), flush=True)
+        self.line(" | ".join(parts))
         for sample in metrics.get("samples", []):
             print(f"    {sample['prompt']!r} -> {sample['text']!r}", flush=True)
             if self.board:

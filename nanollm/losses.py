@@ -7,8 +7,9 @@ Targets are already shifted by the loader (target t is the token after input t);
 import torch
 import torch.nn.functional as F
 
+from nanollm.by_hand import ONEDNN
+
 IGNORE_INDEX = -100
-ONEDNN = torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, "_linear_pointwise", None)      # a b^T for fp32 on the CPU
 
 
 def cross_entropy(logits, targets):
@@ -56,8 +57,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 d_hidden[i : i + chunk] = (d @ w).to(exact) * counts / scale
             if wanted[1] and dtype == exact:
                 d_weight.addmm_(d.T, h * counts)             # adds up inside the product: one walk through memory less
-            elif wanted[1]:
-                d_weight.add_(d.T @ (h * counts), alpha=1 / scale)
+            elif wanted[1]:                                  # h / 64: in fp16 the sum over a chunk would overflow, and no loss scale helps here
+                d_weight.add_(d.T @ (h * counts / 64), alpha=64 / scale)
         ctx.kept = d_hidden, d_weight, hidden.dtype, weight.dtype
         return loss
 

@@ -5,7 +5,6 @@ form that Hugging Face uses, so exporting is a renaming of tensors and nothing e
 
 Legend of shapes:  B batch   T time (tokens)   C = dim   H query heads   G key/value heads   D = C / H   V vocabulary
 """
-import contextlib
 import math
 from dataclasses import dataclass, field
 
@@ -13,6 +12,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+
+from nanollm.by_hand import ONEDNN, LinearByHand, RMSNormByHand, RotateByHand, SwiGLUByHand, by_hand, scaled_dot_product_attention
 
 
 @dataclass
@@ -96,10 +97,12 @@ def naive_attention(q, k, v, mask, dropout_p=0.0):
 
 
 class Linear(nn.Linear):
+    """y = x W^T, by the faster of the CPU's two matrix libraries (by_hand.py)."""
+
     def forward(self, x):
-        if ONEDNN and x.numel() >= 2**18 and by_hand(x) and type(self.weight) is nn.Parameter:      # smaller ones gain nothing
+        if ONEDNN and x.numel() >= 2**18 and by_hand(x) and self.bias is None and type(self.weight) is nn.Parameter:      # smaller ones gain nothing
             return LinearByHand.apply(x, self.weight)
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):
@@ -139,10 +142,7 @@ class Attention(nn.Module):
             out = naive_attention(q, k, v, mask, p)
         else:
             causal = mask is None and T > 1                  # a lone query may look at every key
-            bf16_cpu = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")      # that kernel's backward pass is 5 times slower:
-            with torch.autocast("cpu", enabled=False) if bf16_cpu else contextlib.nullcontext():       # stay in fp32
-                q, k, v = (t.float() for t in (q, k, v)) if bf16_cpu else (q, k, v)
-                out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal)
+            out = scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal)
         out = out.transpose(1, 2).reshape(B, T, self.n_heads * self.head_dim)          # (B, T, C)
         return self.resid_dropout(self.wo(out))
 
@@ -329,71 +329,3 @@ def flops_per_token(model, seq_len):
     a = model.args
     multiplied = sum(m.weight.numel() * getattr(m, "share", 1) for m in model.modules() if isinstance(m, nn.Linear))
     return round(6 * multiplied) + 12 * a.n_layers * a.dim * seq_len
-
-
-# ---- the same formulas with their derivatives by hand ------------------------------------------------------------
-# On the CPU in fp32 nobody fuses these steps for us: autograd keeps every intermediate tensor and walks through memory once
-# for each. By hand a step keeps its inputs. Elsewhere (GPU, half precision, torch.compile) the plain formulas above run.
-
-ONEDNN = torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, "_linear_pointwise", None)      # a b^T for fp32
-
-
-def by_hand(x):
-    plain = type(x) is torch.Tensor and x.dtype == torch.float32 and x.device.type == "cpu"
-    return plain and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
-
-
-class RMSNormByHand(torch.autograd.Function):
-    """y = w * n with n = x r, r = 1 / rms(x):  dx = r (w g - n mean(w g n)),  dw = sum over tokens of g n."""
-    @staticmethod
-    def forward(ctx, x, w, eps):
-        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()      # (B, T, 1)
-        ctx.save_for_backward(x, w, r)
-        return (x * r).mul_(w)
-    @staticmethod
-    def backward(ctx, g):
-        x, w, r = ctx.saved_tensors
-        n, wg = x * r, w * g
-        dw = (g * n).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        return wg.sub_(n.mul_((wg * n).mean(-1, keepdim=True))).mul_(r), dw, None
-
-
-class RotateByHand(torch.autograd.Function):
-    """RoPE; the derivative of a rotation is the rotation back."""
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        half, y = x.size(-1) // 2, x * cos                   # (B, H, T, D)
-        y[..., :half].addcmul_(x[..., half:], sin[..., half:], value=-1)
-        y[..., half:].addcmul_(x[..., :half], sin[..., :half])
-        return y
-    @staticmethod
-    def backward(ctx, g):
-        cos, sin = ctx.saved_tensors
-        return RotateByHand.apply(g, cos, -sin), None, None
-
-
-class SwiGLUByHand(torch.autograd.Function):
-    """Keeps gate and up; silu(gate) is computed again."""
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-    @staticmethod
-    def backward(ctx, g):
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(g * up, gate), F.silu(gate).mul_(g)
-
-
-class LinearByHand(torch.autograd.Function):
-    """y = x W^T, dx = g W, dW = g^T x. PyTorch's CPU build brings two matrix libraries and sends fp32 to MKL; oneDNN is the
-    faster one for the first two products where MKL does not use all of the processor (docs/speed.md)."""
-    @staticmethod
-    def forward(ctx, x, w):
-        ctx.save_for_backward(x, w)
-        return ONEDNN(x, w, None, "none", [], "")
-    @staticmethod
-    def backward(ctx, g):
-        x, w = ctx.saved_tensors
-        dx = ONEDNN(g.contiguous(), w.t(), None, "none", [], "") if ctx.needs_input_grad[0] else None
-        return dx, g.flatten(0, -2).t() @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None

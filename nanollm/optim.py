@@ -144,21 +144,24 @@ class Guard:
     """
 
     def __init__(self, ctx, log, sampler, log_every, limit=20):
-        self.log, self.sampler, self.limit, self.norms = log, sampler, limit, []
+        self.log, self.sampler, self.limit, self.norms, self.broken = log, sampler, limit, [], False
         self.every = log_every if ctx.device.type == "cuda" else 1
 
     def __call__(self, at, norm):
         """Note the norm of update at.step - 1; True when too many have failed."""
         self.norms.append(norm)
-        return at.step % self.every == 0 and self.read(at)
+        if at.step % self.every == 0:
+            self.read(at)
+        broken, self.broken = self.broken, False
+        return broken
 
     def read(self, at):
-        """Bring at.skipped and at.in_a_row up to date; True when too many have failed."""
+        """Bring at.skipped and at.in_a_row up to date."""
         norms = torch.stack(self.norms).tolist() if self.norms else []
         for step, norm in enumerate(norms, at.step - len(norms)):
             at.in_a_row = 0 if math.isfinite(norm) else at.in_a_row + 1
+            self.broken |= at.in_a_row >= self.limit
             if at.in_a_row:
                 at.skipped += 1
                 self.log.event(step + 1, f"loss or gradient is not finite: update left out ({at.in_a_row} in a row)", rows=self.sampler.rows(step).tolist())
         self.norms.clear()
-        return at.in_a_row >= self.limit

@@ -129,9 +129,15 @@ def slice_of(whole, like):
     return whole
 
 
-def full_state(model):
-    """{plain name: whole tensor, fp32, on the CPU}. Collective: call it on all processes."""
-    return {name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().float().cpu() for name, t in model.state_dict().items()}
+def full_state(model, keep=True):
+    """{plain name: whole tensor, fp32, on the CPU}. Collective: call it on all processes; keep=False on those that need not
+    hold the whole model for it ({} then)."""
+    state = {}
+    for name, t in model.state_dict().items():
+        whole = (t.full_tensor() if isinstance(t, DTensor) else t).detach()
+        if keep:
+            state[name] = whole.float().cpu()
+    return state
 
 
 @torch.no_grad()

@@ -72,8 +72,10 @@ def inject_lora(model, r=8, alpha=16, dropout=0.0, targets=TARGETS):
         raise UserError(f"LoRA: the rank must be at least 1 and dropout in [0, 1), got r {r} and dropout {dropout}")
     if lora_layers(model):
         raise UserError("the model carries a LoRA adapter already; merge it (merge_lora) before adding another")
-    model.requires_grad_(False)
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.split(".")[-1] in targets]
+    if not found:
+        raise UserError(f"LoRA targets {' '.join(targets)}: this model has none of them; choose others from {' '.join(TARGETS)}")
+    model.requires_grad_(False)
     for name, base in found:
         replace(model, name, LoRALinear(base, r, alpha, dropout))
     return [name for name, _ in found]

@@ -38,7 +38,7 @@ def read(path):
     if not path.is_file():
         raise UserError(f"{path} does not exist; name the --out_dir of a run that has logged something")
     records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             record = json.loads(line)
             records += [record] if isinstance(record, dict) and isinstance(record.get("step"), int) else []
@@ -110,7 +110,7 @@ def picture(runs, smooth=1):
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         ax.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: ""))
-    by_tokens.set(title="loss against tokens", xlabel="tokens (of preference stages: pairs)", ylabel="nats; dots: validation, pale: training")
+    by_tokens.set(title="loss against tokens", xlabel="tokens", ylabel="nats; dots: validation, pale: training")
     by_time.set(title="loss against time", xlabel=unit + ("" if clocked else ", added up from tokens/s"))
     for ax, title in ((lr, "learning rate"), (norm, "gradient norm, before clipping"), (speed, "tokens a second")):
         ax.set(title=title, xlabel="tokens")

@@ -45,7 +45,7 @@ class ZeroAdamW:
         grad = torch.cat([g.flatten() for g in grads] + [self.flat.new_zeros(len(self.flat) - sum(map(torch.numel, grads)))])
         g = torch.empty_like(self.mine)
         if self.world_size > 1:
-            torch_dist.reduce_scatter_tensor(g, grad / self.world_size)
+            torch_dist.reduce_scatter(g, list((grad / self.world_size).chunk(self.world_size)))
         else:
             g.copy_(grad)
         self.steps += 1
@@ -55,7 +55,7 @@ class ZeroAdamW:
         m, v = self.m / (1 - b1**self.steps), self.v / (1 - b2**self.steps)
         self.mine.mul_(1 - self.lr * self.decay).sub_(self.lr * m / (v.sqrt() + self.eps))
         if self.world_size > 1:
-            torch_dist.all_gather_into_tensor(self.flat, self.mine.clone())
+            torch_dist.all_gather(list(self.flat.chunk(self.world_size)), self.mine.clone())
 
     def zero_grad(self):
         for p in self.params:

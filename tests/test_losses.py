@@ -299,3 +299,15 @@ def test_padding_never_changes_a_log_probability():
     assert counts.tolist() == [4, 4]
     logps.sum().backward()
     assert wide.grad[wide_targets == IGNORE_INDEX].abs().sum() == 0
+
+
+def test_the_chunked_loss_does_not_overflow_in_fp16_where_hidden_states_are_large():
+    """One frequent target and hidden states of 10: a sum over 4,096 tokens leaves fp16's range, and since it is taken before the
+    loss scale is applied, no smaller scale could help."""
+    torch.manual_seed(0)
+    hidden, weight = (10 + torch.randn(1, 4096, 16)).requires_grad_(), (0.02 * torch.randn(50, 16)).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss, _, _ = linear_cross_entropy(hidden, weight, torch.zeros(1, 4096, dtype=torch.long), chunk=4096)
+    loss.backward()
+    exact, = torch.autograd.grad(cross_entropy(hidden.detach() @ weight.T, torch.zeros(1, 4096, dtype=torch.long))[0], weight)
+    assert weight.grad.isfinite().all() and (weight.grad - exact).abs().max() < 0.02 * exact.abs().max()

@@ -120,7 +120,7 @@ def test_derivatives_by_hand_equal_autograds(part, monkeypatch):
     """Each part with its derivative by hand against the plain formula differentiated by PyTorch, on the CPU in fp32; by hand
     keeps no more for the backward pass than the formula does."""
     draw = lambda *shape, seed: torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-    norm, linear, table = RMSNorm(512, 1e-5), Linear(512, 96), rope_table(64, 512, 100.0)
+    norm, linear, table = RMSNorm(512, 1e-5), Linear(512, 96, bias=False), rope_table(64, 512, 100.0)
     with torch.no_grad():
         norm.weight.add_(draw(512, seed=1))
     x = draw(1, 512, 512, seed=2)

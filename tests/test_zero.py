@@ -44,8 +44,8 @@ def worker(out):
     # an all-reduce is a reduce-scatter and an all-gather
     x = torch.randn(4 * n, generator=torch.Generator().manual_seed(rank))
     part, both = torch.empty(4), torch.empty(4 * n)
-    torch_dist.reduce_scatter_tensor(part, x)
-    torch_dist.all_gather_into_tensor(both, part)
+    torch_dist.reduce_scatter(part, list(x.chunk(n)))
+    torch_dist.all_gather(list(both.chunk(n)), part)
     torch_dist.all_reduce(x)
     torch.save({"state": model.state_dict(), "bytes": optimizer.state_bytes(), "apart": (both - x).abs().max().item(), "size": x.norm().item()},
                out / f"seen{rank}.pt")

@@ -64,7 +64,7 @@ def train(cfg, shapes, threads=1):
                 for other, _ in running.values():
                     other.terminate()
                 raise UserError(f"the run {out} failed: {(out / 'log.txt').read_text(encoding='utf-8').strip().splitlines()[-1]}")
-            records = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+            records = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").split("\n") if line]
             args = ModelArgs(**json.loads((find(out) / "meta.json").read_text(encoding="utf-8"))["model"])
             with torch.device("meta"):
                 n = parameter_count(Transformer(args))

@@ -1,0 +1,79 @@
+"""Formulas of model.py once more, with their derivatives by hand, for training in fp32 on a CPU.
+
+Nobody fuses these steps for us there: autograd keeps every intermediate tensor and walks through memory once for each. By
+hand a step keeps its inputs and little else. On a GPU, in half precision and under torch.compile, which fuses by itself,
+the plain formulas run; a test holds the two against each other. What it brings: docs/speed.md.
+"""
+import torch
+import torch.nn.functional as F
+
+ONEDNN = torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, "_linear_pointwise", None)      # a b^T for fp32
+
+
+def by_hand(x):
+    plain = type(x) is torch.Tensor and x.dtype == torch.float32 and x.device.type == "cpu"
+    return plain and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+
+
+class RMSNormByHand(torch.autograd.Function):
+    """y = w * n with n = x r, r = 1 / rms(x):  dx = r (w g - n mean(w g n)),  dw = sum over tokens of g n."""
+    @staticmethod
+    def forward(ctx, x, w, eps):
+        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()      # (B, T, 1)
+        ctx.save_for_backward(x, w, r)
+        return (x * r).mul_(w)
+    @staticmethod
+    def backward(ctx, g):
+        x, w, r = ctx.saved_tensors
+        n, wg = x * r, w * g
+        dw = (g * n).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return wg.sub_(n.mul_((wg * n).mean(-1, keepdim=True))).mul_(r), dw, None
+
+
+class RotateByHand(torch.autograd.Function):
+    """RoPE; the derivative of a rotation is the rotation back."""
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        half, y = x.size(-1) // 2, x * cos                   # (B, H, T, D)
+        y[..., :half].addcmul_(x[..., half:], sin[..., half:], value=-1)
+        y[..., half:].addcmul_(x[..., :half], sin[..., :half])
+        return y
+    @staticmethod
+    def backward(ctx, g):
+        cos, sin = ctx.saved_tensors
+        return RotateByHand.apply(g, cos, -sin), None, None
+
+
+class SwiGLUByHand(torch.autograd.Function):
+    """Keeps gate and up; silu(gate) is computed again."""
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+    @staticmethod
+    def backward(ctx, g):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(g * up, gate), F.silu(gate).mul_(g)
+
+
+class LinearByHand(torch.autograd.Function):
+    """y = x W^T, dx = g W, dW = g^T x. PyTorch's CPU build brings two matrix libraries and sends fp32 to MKL; oneDNN is the
+    faster one for the first two products where MKL does not use all of the processor (docs/speed.md)."""
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return ONEDNN(x, w, None, "none", [], "")
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        dx = ONEDNN(g.contiguous(), w.t(), None, "none", [], "") if ctx.needs_input_grad[0] else None
+        return dx, g.flatten(0, -2).t() @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+
+
+def scaled_dot_product_attention(q, k, v, **how):
+    """PyTorch's kernel; on the CPU in fp32 under autocast, too, since its backward pass in bf16 is several times slower."""
+    if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **how)
+    return F.scaled_dot_product_attention(q, k, v, **how)
