@@ -62,7 +62,7 @@ class Config:
     warmup_steps: int = arg(20, "linear warmup", unit="updates")
     weight_decay: float = arg(0.01, "on matrices")
     batch_size: int = arg(16, "windows an update")
-    max_steps: int = arg(250, "updates")
+    max_steps: int = arg(280, "updates")
     dtype: str = arg("bfloat16", "of the matrix products: bfloat16 or float32")
     seed: int = arg(0, "initial weights and order of the data")
 
