@@ -2,6 +2,7 @@
 resumed anywhere."""
 import json
 import math
+import re
 import shutil
 import types
 
@@ -10,14 +11,16 @@ import pytest
 import torch
 
 import train_pretrain
-from conftest import metrics, options, stories, tiny_lm, tiny_tokenizer, weights
+from conftest import ROOT, metrics, options, stories, tiny_lm, tiny_tokenizer, weights
 from nanollm import curriculum, dist
-from nanollm.config import UserError
+from nanollm.config import UserError, parse
 from nanollm.corpus.bpe import train_bpe
 from nanollm.corpus.pack import write_tokens
 from nanollm.curriculum import difficulty, easiest_first, load_order, model_difficulty, ngram_counts, ngrams, order_of, save_order, score
 from nanollm.data import TokenFile
 from nanollm.losses import cross_entropy
+from nanollm.mixture import Mixture, read_phases, sources_of
+from nanollm.optim import get_lr
 from nanollm.tokenizer import bpe_tokenizer, pattern_for
 from nanollm.tools import describe, difficulty as difficulty_tool
 from nanollm.world import documents
@@ -249,6 +252,19 @@ def test_continued_pretraining_reads_old_and_new_data_in_their_shares(world, mix
     assert 0 < max((want[k] - base[k]).abs().max().item() for k in want) < 0.1              # a fresh start would be as far as the weights are large
     got = resumed_at(world, tmp_path / "straight", tmp_path / "again", 4, **changes)
     assert all(torch.equal(got[k], want[k]) for k in want)
+
+
+def test_the_annealing_phase_of_the_page_begins_at_the_update_where_the_rate_begins_to_fall(tmp_path):
+    """The file and the command that docs/packing.md gives: the first update below the peak is the first that reads the last mix."""
+    text = (ROOT / "docs" / "packing.md").read_text(encoding="utf-8").split("## Phases and annealing")[1]
+    (tmp_path / "phases.toml").write_text(re.search(r"```toml\n(.*?)```", text, re.S)[1], encoding="utf-8")
+    cfg = parse(train_pretrain.Config, re.search(r"python train_pretrain.py (.*)", text)[1].split())
+    phases, B = read_phases([], tmp_path / "phases.toml"), cfg.batch_size * cfg.gradient_accumulation_steps
+    rates = [get_lr(step + 1, cfg.learning_rate, cfg.min_lr, cfg.warmup_steps, cfg.max_steps, cfg.schedule) for step in range(cfg.max_steps)]
+    falls = next(step for step in range(cfg.warmup_steps, cfg.max_steps) if rates[step] < cfg.learning_rate)
+    begins = Mixture([100] * len(sources_of(phases)), phases, cfg.max_steps * B, 0).begins[-1]
+    assert falls == 7_300 and begins == falls * B
+    assert phases[-2][0] == pytest.approx(0.7 + 0.3 * cfg.warmup_steps / cfg.max_steps)
 
 
 def test_a_checkpoint_remembers_what_the_phases_were(mixed, tmp_path, world):

@@ -15,7 +15,7 @@ import torch
 import train_pretrain
 from conftest import ROOT, tiny_tokenizer
 from nanollm import config, plan
-from nanollm.losses import linear_cross_entropy
+from nanollm.losses import cross_entropy, linear_cross_entropy
 from nanollm.model import KVCache, ModelArgs, parameter_count
 from nanollm.optim import make_optimizer
 from nanollm.sampler import Sampler
@@ -130,7 +130,7 @@ def test_checkpointing_keeps_the_blocks_inputs_and_the_insides_of_one():
 
 RSS = """
 import re, sys, torch
-from nanollm.losses import linear_cross_entropy
+from nanollm.losses import cross_entropy, linear_cross_entropy
 from nanollm.model import ModelArgs, Transformer
 from nanollm.optim import make_optimizer
 torch.set_num_threads(1)
@@ -376,3 +376,33 @@ def test_the_tables_of_the_page_are_computed(page):
         first, second, _ = arithmetic(path)
         tokens, best = re.search(r"= ([\d,]+) tokens an update", first)[1], re.search(r"Chinchilla: (.*) tokens,", second)[1]
         assert re.search(rf"`{path.stem}`.* \| {first[4:].split(' parameters')[0]} \| .* \| {tokens} \| {best} \|", text)
+
+
+@pytest.mark.parametrize("page", ["docs/distributed.md", "docs/zh/distributed.md"])
+def test_the_plan_on_the_page_about_many_gpus_is_computed(page):
+    """The notes' 218 M shape on four GPUs, whole, in slices of each kind, and cut in pieces."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    preset = tomllib.loads((ROOT / "configs" / "notes" / "baby_llama2_218m.toml").read_text(encoding="utf-8"))
+    args = ModelArgs(vocab_size=64793, **{f.name: preset[f.name] for f in dataclasses.fields(ModelArgs) if f.name in preset})
+    for how, names in (("ddp", "DDP"), ("zero1", "ZeRO-1"), ("fsdp", "FSDP"), ("tp", "tensor parallel|张量并行"), ("pipeline", "pipeline|流水线")):
+        m = plan.memory(args, preset["batch_size"], torch.bfloat16, parallel=how, gpus=4, checkpointing=True, accumulating=True)
+        assert re.search(rf"\| ({names}) \| " + r" \| ".join(f"{b / 1e9:.2f}" for b in m.values()) + r" \|", text), how
+
+
+def test_the_bytes_on_the_page_about_the_model_are_counted(monkeypatch):
+    """What autograd keeps of a step at dim 512, 8 layers, T 512, batch 4, in MB of 10^6 bytes: one row is counted, times four. With
+    the chunked loss nothing that is kept is as long as the vocabulary, so the two columns are one."""
+    import nanollm.model
+    by_hand, tokens, found = nanollm.model.by_hand, torch.zeros(1, 512, dtype=torch.long), {}
+    heads = {"plain": lambda h, output: cross_entropy(output(h), tokens), "chunked": lambda h, output: linear_cross_entropy(h, output.weight, tokens)}
+    for vocab, ways in ((6_400, [("autograd", "plain", False), ("hand", "plain", False), ("hand", "chunked", False), ("hand", "chunked", True)]),
+                        (64_793, [("autograd", "plain", False), ("hand", "plain", False)])):
+        model = build(ModelArgs(dim=512, n_layers=8, n_heads=8, vocab_size=vocab, max_seq_len=512))
+        for derivatives, loss, model.checkpointing in ways:
+            monkeypatch.setattr(nanollm.model, "by_hand", by_hand if derivatives == "hand" else lambda x: False)
+            _, held = plan.kept_by_autograd(model, lambda: model(tokens, head=heads[loss]))
+            found.setdefault((derivatives, loss, model.checkpointing), []).append(f"{4 * held / 1e6:,.0f}")
+    for page in ("docs/model.md", "docs/zh/model.md"):
+        text = (ROOT / page).read_text(encoding="utf-8").split("--activation_checkpointing")[1]
+        table = re.findall(r"^\| .* \| ([\d,]+) \| ([\d,]+) \|$", text, re.M)
+        assert table[:4] == [(columns[0], columns[-1]) for columns in found.values()]
