@@ -421,20 +421,20 @@ def test_compile_changes_no_result():
 
 def test_compile_never_recompiles_after_warm_up(monkeypatch):
     """Two rounds over everything a run does: full and ragged batches, with segments and without, activation checkpointing, validation
-    without gradients, a new lambda as head each time. The first round may compile, the second may not. (Which graphs there are is
-    decided before the code generator, so the test leaves that out.)"""
+    without gradients, a new lambda as head each time. The first round may compile, the second may not, although it has a batch shape
+    more. (Which graphs there are is decided before the code generator, so the test leaves that out.)"""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
-    model = dist.compiled(tiny_lm(), True)
+    model = dist.compiled(tiny_lm(n_layers=1), True)
     ids = torch.randint(0, 300, (4, 33), generator=torch.Generator().manual_seed(0))
     segments = torch.arange(32).expand(4, 32) // 20
 
-    def losses():
+    def losses(shapes):
         found = []
-        for rows in (4, 3, 2, 1):
+        for rows in shapes:
             x, y = ids[:rows, :-1], ids[:rows, 1:]
             for s in (None, segments[:rows]):
-                for model.checkpointing in (False, True):
+                for model.checkpointing in (False, True) if s is None else (False,):
                     loss, _, _ = model.train()(x, s, head=lambda h, output: linear_cross_entropy(h, output.weight, y))
                     loss.backward()
                     found.append(loss.item())
@@ -442,10 +442,10 @@ def test_compile_never_recompiles_after_warm_up(monkeypatch):
                     found.append(model.eval()(x, s, head=lambda h, output: linear_cross_entropy(h, output.weight, y))[0].item())
         return found
 
-    first = losses()
+    first = losses((4, 3))
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     with torch.compiler.set_stance("fail_on_recompile"):
-        assert losses() == pytest.approx(first, rel=1e-6)
+        assert losses((4, 3, 2))[: len(first)] == pytest.approx(first, rel=1e-6)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs > 1
 
 
