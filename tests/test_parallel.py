@@ -239,7 +239,8 @@ def test_every_script_runs_in_slices(runs, variant, layout):
     assert len(got) == len(want) and len(train_lines(got)) == 3
     for a, b in zip(got, want):
         assert a.get("samples") == b.get("samples")
-        for key in b:
+        ties = {"val/accuracy", "train/accuracy"} if variant == "dpo" and a["step"] < 2 else set()      # policy = reference: rounding decides
+        for key in b.keys() - ties:
             if key.startswith(("train/", "val/")) or key in ("grad_norm", "lr", "tokens"):
                 assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-6), (key, a["step"])
     assert largest_difference(weights(runs / f"{variant}-{layout}"), weights(runs / f"{variant}-alone")) < 1e-4
