@@ -33,7 +33,7 @@ RUNS = {"pretrain": {}, "pretrain-muon-dropout": {"optimizer": "muon", "dropout"
         "pretrain-phases": {"phases": "phases.toml"}, "pretrain-rollback": {"rollback": 12, "rollback_lr": 0.1, "schedule": "constant"},
         "pretrain-patience": {"patience": 50, "milestones": ["3", "9", "27"]}, "sft": {}, "sft-lora": {**LORA, "lora_dropout": 0.1}, "rm": {},
         "dpo": {}, "dpo-lora": LORA}
-LENGTH = dict(max_steps=48, save_every=4, eval_every=6, log_every=1, keep=3, batch_size=4, gradient_accumulation_steps=8)
+LENGTH = dict(max_steps=64, save_every=4, eval_every=6, log_every=1, keep=3, batch_size=4, gradient_accumulation_steps=8)
 SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 
 
@@ -107,7 +107,7 @@ def torture(variant, world, out, kills, seed=0):
         how = SIGNALS[kill % 3] if kill % 2 else signal.SIGKILL
         began, in_save = time.time(), False
         pid = child(lambda: play(variant, world, out, resume="auto"), log)
-        wait, saves = dice.random() * 1.2, dice.randrange(3)
+        wait, saves = dice.random(), dice.randrange(3)
         while os.waitpid(pid, os.WNOHANG) == (0, 0):
             writing = bool(list(out.glob(checkpoint.ASIDE + "*")))
             if kill % 3 == 2 and writing:
@@ -183,7 +183,8 @@ def test_twenty_kills_at_any_moment_change_nothing(tmp_path, variant):
     and its scaler, phases, adapters, early stopping, and through a rollback."""
     felt = tortured(tmp_path, [variant], 20)[variant]
     print(variant, felt)
-    assert len({kill[0] for kill in felt} - {None}) == 3 and any(in_save for _, in_save, _, _ in felt)
+    at_work = [kill for kill in felt if kill[0] and kill[3] < LENGTH["max_steps"]]
+    assert len(at_work) >= 15 and len({kill[0] for kill in at_work}) == 3 and sum(kill[1] for kill in at_work) >= 3
     same_run(tmp_path / variant, tmp_path / f"{variant}-straight")
     if variant == "pretrain-rollback":
         assert any("rollback from step" in r.get("event", "") for r in metrics(tmp_path / variant))
