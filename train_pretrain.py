@@ -38,7 +38,7 @@ class Config:
     competence_start: float = arg(0.1, "share of the rows in reach at the first update, the easiest; 1 = all")
     competence_end: float = arg(0.5, "share of the run after which all rows are in reach")
     curriculum_switch: int = arg(0, "from here on in the order of the model's own perplexity; 0 = never", unit="updates")
-    init_from: str = arg("", "go on from these weights (continued pretraining); the shape comes from them")
+    init_from: str = arg("", "go on from these weights (continued pretraining); the shape comes from them, not from the options below")
     out_dir: str = arg("out/pretrain", "where checkpoints and metrics.jsonl go")
     resume: str = arg("", "auto: go on from the newest checkpoint in out_dir if there is one; or a checkpoint's path")
     override_schedule: bool = arg(False, "allow --resume with other max_steps or learning-rate options")
@@ -159,6 +159,7 @@ def main(cfg):
     max_steps = sampler.steps(cfg.max_steps)
     if cfg.warmup_steps >= max_steps:
         print(f"note: these {max_steps} updates end inside the warmup of {cfg.warmup_steps}; lower --warmup_steps", flush=True)
+    get_lr(1, cfg.learning_rate, cfg.min_lr, cfg.warmup_steps, max_steps, cfg.schedule)      # a wrong schedule is refused now
     raw.checkpointing = cfg.activation_checkpointing
     model = dist.wrap(raw, ctx, cfg.compile, dtype)
     optimizer = make_optimizer(raw, cfg.optimizer, cfg.learning_rate, cfg.weight_decay, muon_lr=cfg.muon_lr)
@@ -192,7 +193,7 @@ def main(cfg):
             log(at.step, metrics)
             at.judge(metrics["val/loss"], counts=at.step % cfg.eval_every == 0)
         if 0 < cfg.patience <= at.stale and not last:
-            log.event(at.step, f"early stop: val/loss {at.best:.4g} has not been beaten in {at.stale} evaluations ({cfg.out_dir}/best holds it)")
+            log.event(at.step, f"early stop: val/loss {at.best:.4g} has not been beaten in {at.stale} evaluations; it is kept as {cfg.out_dir}/best")
             stop = True
         if saver.due(at, last or stop):
             guard.read(at)

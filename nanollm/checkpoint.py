@@ -97,7 +97,7 @@ def save(run_dir, step, model, tokenizer, stage, config, training=None, keep=2, 
         raise UserError(f"could not write the checkpoint {final}: {e}; free some disk space or change --out_dir, "
                         f"then go on with --resume auto") from None
     whole = sorted(p for p in run_dir.glob(PREFIX + "*") if is_whole(p))
-    kept = {best_of(whole), *whole[-keep:], *to_go_back_to(whole, step, config)} if keep else set(whole)
+    kept = {best_of(whole), *whole[-keep:], *to_go_back_to(whole, step - 20, config)} if keep else set(whole)
     for old in whole:
         if old not in kept and not meta_of(old).get("milestone"):
             gone = run_dir / f"{ASIDE}{old.name}"             # a kill in the middle of removing must not leave half a checkpoint
@@ -268,7 +268,7 @@ class Saver:
     def due(self, at, last):
         """Is it time for a checkpoint?"""
         improved = self.cfg.patience and at.evaluated == at.step and at.stale == 0
-        return at.step > self.step and (at.step in self.milestones or at.step > 0 and (at.step % self.cfg.save_every == 0 or last or improved))
+        return at.step > self.step and (at.step in self.milestones or improved or at.step > 0 and (at.step % self.cfg.save_every == 0 or last))
 
     def save(self, at):
         """A checkpoint of this very step, with everything that the next one depends on. Raises UserError as save() does, and when
@@ -411,11 +411,13 @@ class Saver:
         cfg, ctx = self.cfg, self.ctx
         if not cfg.rollback or at.rollbacks == 3:
             raise UserError(f"{at.in_a_row} updates in a row had a loss or gradient that is not finite" + (" after three rollbacks" if cfg.rollback else "")
-                            + f"; look at the rows that {cfg.out_dir}/metrics.jsonl names, lower --learning_rate, or let --rollback 100 go back by itself")
+                            + f"; look at the rows that {cfg.out_dir}/metrics.jsonl names, lower --learning_rate"
+                            + ("" if cfg.rollback else ", or let --rollback 100 go back by itself"))
         whole = [p for p in sorted(self.out_dir.glob(PREFIX + "*")) if is_whole(p, checksums=True)]
-        old = to_go_back_to(whole, at.step, cfg)[:1]
-        if not old or step_of(old[0]) > at.step - cfg.rollback:
-            raise UserError(f"--rollback {cfg.rollback}: no checkpoint in {cfg.out_dir} is that many updates older than step {at.step}; lower --save_every "
+        broke = at.step - at.in_a_row                         # the last update before the 20 that failed
+        old = to_go_back_to(whole, broke, cfg)[:1]
+        if not old or step_of(old[0]) > broke - cfg.rollback:
+            raise UserError(f"--rollback {cfg.rollback}: no checkpoint in {cfg.out_dir} is that many updates older than step {broke}; lower --save_every "
                             f"or --learning_rate")
         back = self.load(old[0])
         back.slow_until, back.rollbacks = at.step + cfg.rollback, at.rollbacks + 1

@@ -193,6 +193,7 @@ def compiled(model, wanted):
         print(f"warning: --compile has no effect: {type(e).__name__}, {str(e).splitlines()[0][:100]}", flush=True)
         return model
     torch._dynamo.config.recompile_limit = 64                 # 8 of those kinds would be too few, and the ninth never be compiled
+    print("compiling: the first update and the first evaluation take up to some minutes", flush=True)
     for layer in getattr(model, "backbone", model).layers:
         layer.compile()
     return model

@@ -38,6 +38,8 @@ class Logger:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
             except OSError as e:
                 raise UserError(f"--out_dir {out_dir} cannot be made or written: {e.strerror}; choose another directory") from None
+            if at.step >= max_steps:
+                print(f"nothing left to do: all {max_steps} updates are made; a larger --max_steps with --override_schedule goes on", flush=True)
         self.rewind(at)
 
     def rewind(self, at):

@@ -572,5 +572,5 @@ def test_the_live_line_stands_on_a_terminal_only_and_gives_way_to_the_log(tmp_pa
             logger.live(at)
         logger(at.step, {"train/loss": 2.0})
         lines = ["\rstep 1/100 | eta 0:19 ", "\rstep 4/100 | eta 0:19 ", "\rstep 7/100 | eta 0:18 "] if drawn else []
-        assert screen.getvalue() == "".join(lines) + ("\r" * drawn + "step   8/100 | loss 2 | eta 0:18\n" if main else "")
+        assert screen.getvalue() == "".join(lines) + ("\r\033[K" * drawn + "step   8/100 | loss 2 | eta 0:18\n" if main else "")
 

@@ -253,7 +253,8 @@ def test_a_damaged_newest_checkpoint_is_refused_by_name_and_passed_over_by_auto(
     damage(tmp_path / "run" / "step_00000009" / name, how, random.Random(name))
     words = options("pretrain", finished / "world", tmp_path / "run", **SHORT)
     bad = str(tmp_path / "run" / "step_00000009")
-    for change in ({"resume": bad}, {"init_from": bad, "out_dir": str(tmp_path / "new")}):
+    changes = [{"resume": bad}, {"init_from": bad, "out_dir": str(tmp_path / "new")}]
+    for change in changes[:1] if (name, how) == ("training.pt", "flipped") else changes:       # --init_from reads the weights only
         with pytest.raises(SystemExit) as stop:
             run(train_pretrain.main, train_pretrain.Config, argv=flags(words | change))
         said = capsys.readouterr().err
@@ -358,15 +359,15 @@ def test_twenty_updates_without_effect_in_a_row_end_in_advice(world, tmp_path, m
 
 def test_rollback_goes_back_slows_down_and_restores_the_rate(world, tmp_path, monkeypatch, capsys):
     """The notes' recipe. Infinite from update 20 on at the full rate: after the 20th of them (step 40) back to the newest checkpoint at
-    least 12 updates old (28, which --keep 1 alone would have removed), a tenth of the rate up to step 52, then all of it."""
+    least 12 updates older than the break (8, which --keep 1 alone would have removed), a tenth of the rate up to step 52, then all of it."""
     poisoned(monkeypatch, 20, 41)
     words = options("pretrain", world, tmp_path, max_steps=60, save_every=4, keep=1, schedule="constant", rollback=12)
     train_pretrain.main(train_pretrain.Config(**words))
     done = lines(tmp_path)
-    assert [r["step"] for r in done] == list(range(1, 61)) and all(r["grad_norm"] is not None for r in done[28:])
+    assert [r["step"] for r in done] == list(range(1, 61)) and all(r["grad_norm"] is not None for r in done)
     rate = train_pretrain.Config().learning_rate
-    assert {r["lr"] for r in done[2:28]} == {rate} == {r["lr"] for r in done[52:]} and {r["lr"] for r in done[28:52]} == {rate * 0.1}
-    assert sorted(p.name for p in tmp_path.glob("abandoned_*")) == ["abandoned_step_00000032", "abandoned_step_00000036"]
+    assert {r["lr"] for r in done[2:8]} == {rate} == {r["lr"] for r in done[52:]} and {r["lr"] for r in done[8:52]} == {rate * 0.1}
+    assert sorted(p.name for p in tmp_path.glob("abandoned_*")) == [f"abandoned_step_{step:08d}" for step in range(12, 40, 4)]
     assert "rollback from step 40: up to step 52 at 0.1 of the rate" in capsys.readouterr().out
     assert checkpoint.meta_of(checkpoint.find(tmp_path))["progress"]["rollbacks"] == 1
 
@@ -409,7 +410,7 @@ def rollback_worker(out):
     train_pretrain.Ahead, train_pretrain.update, train_pretrain.pretrain_loss = Noting, noting, broken
     raw, wrap = [], dist.wrap
     dist.wrap = lambda model, *a: raw.append(model) or wrap(model, *a)
-    train_pretrain.main(train_pretrain.Config(**options("pretrain", world, out / "run", max_steps=36, save_every=4, keep=0, schedule="constant", rollback=22)))
+    train_pretrain.main(train_pretrain.Config(**options("pretrain", world, out / "run", max_steps=36, save_every=4, keep=0, schedule="constant", rollback=4)))
     torch.save(raw[0].state_dict(), out / f"{os.environ['RANK']}.pt")
 
 
