@@ -278,7 +278,7 @@ class Saver:
         rng = {"cpu": torch.get_rng_state()}
         if ctx.device.type in ("cuda", "mps"):
             rng[ctx.device.type] = torch.cuda.get_rng_state(ctx.device) if ctx.device.type == "cuda" else torch.mps.get_rng_state()
-        training = {"scaler": self.scaler.state_dict(), "rng": ctx.gather(rng)[:: ctx.tp]}          # the tp processes of a rank draw alike
+        training = {"scaler": self.scaler.state_dict(), "rng": ctx.gather(rng)[:: ctx.tp]}          # one a data-parallel rank: its tp processes draw alike
         if sharded:
             from nanollm import parallel
             failed = ctx.gather(self.no_room(at) if ctx.main else "")[0]

@@ -72,7 +72,7 @@ class Muon(torch.optim.AdamW):
                     state = self.state[p]
                     if not state:
                         state["step"], state["momentum"] = torch.tensor(0.0), torch.zeros_like(p)
-                    grad = torch.where(found_inf > 0, state["momentum"], p.grad)      # bad: lerp from m to m stays m. A product with 0 keeps NaN
+                    grad = torch.where(found_inf > 0, state["momentum"], p.grad)      # not finite: from m to m no lerp moves (0 * NaN is NaN)
                     state["momentum"].lerp_(grad, 1 - group["momentum"])
                     directions.append(torch.lerp(grad, state["momentum"], group["momentum"]))     # Nesterov
                 scale = max(1.0, shape[0] / shape[1]) ** 0.5        # so that a unit input moves every shape alike

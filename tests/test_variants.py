@@ -69,7 +69,8 @@ def test_without_variants_nothing_changes():
 
 @pytest.mark.parametrize("words, says", [
     (["qknorm"], "did you mean 'qk_norm'"), (["zzz"], "choose from qk_norm"), (["moe:experts=4"], "did you mean 'n_experts'"),
-    (["moe:n_experts=many"], "wants int"), (["moe:n_experts"], "n_experts=8"), (["qk_norm:a=1"], "it has none"),
+    (["moe:top_k=two"], "^--variants moe:top_k=two: top_k wants int, got 'two'$"), (["moe:n_experts"], "n_experts=8"), (["qk_norm:a=1"], "it has none"),
+    (["moe,qk_norm"], "separate them by spaces"), (["moe:top_k=2,qk_norm"], "separate variants by spaces"),
     (["moe", "geglu"], "moe and geglu both replace the feed_forward"), (["gpt2", "rope_scaling"], "both replace the positions"),
     (["qk_norm", "qk_norm"], "both replace"), (["moe:n_experts=2,top_k=3"], "between 1 and n_experts"),
     (["sliding_window:window=40"], "fit into max_seq_len 32"), (["rope_scaling:kind=zoom"], "linear, ntk or yarn")])
