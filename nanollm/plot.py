@@ -112,7 +112,7 @@ def picture(runs, smooth=1):
         last = train if len(train["step"]) else val
         done += [f"    {last['step'][-1]:,.0f} updates, {last['tokens'][-1]:,.0f} tokens, {clock(last['time'][-1])}"]
         if ticks.any():
-            done += [f"    ticks: {events['left out'].sum()} update(s) left out, {events['rollback'].sum()} rollback(s)"]
+            done[-1] += f"; ticks: {events['left out'].sum()} left out, {events['rollback'].sum()} rollback(s)"
         legend.text(0, 1 - i / max(6, len(runs)), "\n".join(done), color=colour, va="top", fontsize=10 if len(runs) <= 6 else 7, transform=legend.transAxes)
     legend.axis("off")
     finite = [x for x in losses if math.isfinite(x) and x > 0]
@@ -128,7 +128,7 @@ def picture(runs, smooth=1):
         ax.set(title=title, xlabel="tokens")
     for ax in (by_tokens, lr, norm, speed):
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    speed.set_ylim(bottom=0)
+    speed.set_ylim(0, 1.05 * speed.get_ylim()[1])
     for ax in (by_tokens, by_time, lr, norm, speed):
         ax.grid(alpha=0.3)
     return fig

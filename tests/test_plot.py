@@ -72,7 +72,7 @@ def test_updates_left_out_and_rollbacks_are_ticks(tmp_path):
     assert [len(ax.lines) for ax in fig.axes] == [5, 4, 0, 3, 3, 2] and lr.get_yscale() == "log"
     for ax in (by_tokens, lr, norm):
         assert [line.get_xdata().tolist() for line in ax.lines if line.get_marker() == "|"] == [[150, 200]]
-    assert sum("1 update(s) left out, 1 rollback(s)" in t.get_text() for t in legend.texts) == 1
+    assert sum("1 left out, 1 rollback(s)" in t.get_text() for t in legend.texts) == 1
 
 
 def test_what_cannot_be_drawn_is_said_in_one_sentence(tmp_path, monkeypatch):
