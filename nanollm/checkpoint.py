@@ -212,8 +212,8 @@ def load(path, device="cpu", expect=None, variants=()):
     try:
         model.load_state_dict(read(path, "model.pt"))
     except RuntimeError as e:
-        extra = f" with --variants {' '.join(variants)} (a trained model takes only those without weights of their own)" if variants else ""
-        raise UserError(f"{path}: the weights do not fit the model that meta.json describes{extra}: {str(e).splitlines()[-1].strip()}") from None
+        extra = f" with --variants {' '.join(variants)} added (a trained model takes only variants without weights)" if variants else ""
+        raise UserError(f"{path}: the weights do not fit the model that meta.json describes{extra}: {str(e).splitlines()[-1].strip()[:120]}") from None
     if meta.get("lora"):
         peft.merge_lora(model)
     return model.to(device).eval(), tokenizer, meta

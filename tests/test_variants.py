@@ -487,6 +487,15 @@ def test_logits_with_scaled_rope_equal_transformers(kind):
         close(model(tokens(2, 32)), hf(input_ids=tokens(2, 32)).logits)
 
 
+def test_what_a_variant_needs_is_said_where_it_is_missing(world, tmp_path, capsys):
+    """Plain text has no prompt for a prefix-LM, rows of documents may hold padding, and a trained model has no weights for new parts."""
+    train_pretrain.main(train_pretrain.Config(**options("pretrain", world, tmp_path / "run", max_steps=1, variants=["prefix_lm"])))
+    said = capsys.readouterr().out
+    assert "takes effect in train_sft.py" in said and "| up to " in said
+    with pytest.raises(UserError, match="with --variants qk_norm added.*only variants without weights.*Missing key"):
+        checkpoint.load(world / "base", variants=["qk_norm"])
+
+
 @pytest.mark.parametrize("kind", ["linear", "ntk", "yarn"])
 def test_scaling_stretches_the_context_of_a_trained_model(world, tmp_path, kind):
     """A factor of 1 changes nothing; 64 tokens become 256, no weight is new, training goes on, and what it saves is not
