@@ -67,18 +67,18 @@ class Muon(torch.optim.AdamW):
                 if p.grad is not None:
                     by_shape.setdefault(p.shape, []).append(p)
             for shape, params in by_shape.items():
-                directions = []
+                momenta = []
                 for p in params:
                     state = self.state[p]
                     if not state:
                         state["step"], state["momentum"] = torch.tensor(0.0), torch.zeros_like(p)
                     grad = torch.where(found_inf > 0, state["momentum"], p.grad)      # not finite: from m to m no lerp moves (0 * NaN is NaN)
                     state["momentum"].lerp_(grad, 1 - group["momentum"])
-                    directions.append(torch.lerp(grad, state["momentum"], group["momentum"]))     # Nesterov
+                    momenta.append(torch.lerp(grad, state["momentum"], group["momentum"]))     # Nesterov
                 scale = max(1.0, shape[0] / shape[1]) ** 0.5        # so that a unit input moves every shape alike
                 rate = group["lr"] * (1 - found_inf)
-                for p, turned in zip(params, orthogonalize(torch.stack(directions))):
-                    p.mul_(1 - rate * group["weight_decay"]).sub_(turned * (rate * scale))
+                for p, direction in zip(params, orthogonalize(torch.stack(momenta))):
+                    p.mul_(1 - rate * group["weight_decay"]).sub_(direction * (rate * scale))
         everything = self.param_groups
         self.param_groups = [group for group in everything if not group["muon"]]
         try:

@@ -117,7 +117,7 @@ def picture(runs, smooth=1):
     legend.axis("off")
     finite = [x for x in losses if math.isfinite(x) and x > 0]
     steep = [by_tokens, by_time] if finite and len(finite) == sum(map(math.isfinite, losses)) and max(finite) > 3 * min(finite) else []
-    for ax in (*steep, lr, norm):                    # on a plain axis the last tenth of a fall from ln V would be a flat line
+    for ax in (*steep, lr, norm):                    # on a plain axis the last tenth of a fall, of the loss or the rate, would be a flat line
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
