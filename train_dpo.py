@@ -63,7 +63,7 @@ class Config:
     keep: int = arg(2, "newest checkpoints to keep, beside the best; 0 = all")
     milestones: list = arg([], "updates whose checkpoints stay for good: 0 1 2 4 8 …")
     patience: int = arg(0, "stop after so many evaluations without a better val/loss; 0 = never")
-    rollback: int = arg(0, "after 20 non-finite updates in a row go back so many and on at --rollback_lr; 0 = stop", unit="updates")
+    rollback: int = arg(0, "after 20 bad updates in a row go back so many and on at --rollback_lr; 0 = stop", unit="updates")
     rollback_lr: float = arg(0.1, "factor of the rate after a rollback, until it is as far behind")
     tensorboard: bool = arg(False, "also write OUT/tensorboard (extra: tensorboard)")
     max_bad: float = arg(0.1, "largest share of unusable rows before the run refuses to start")
@@ -140,7 +140,7 @@ def main(cfg):
         print(f"note: these {max_steps} updates end inside the warmup of {cfg.warmup_steps}; lower --warmup_steps", flush=True)
     get_lr(1, cfg.learning_rate, cfg.min_lr, cfg.warmup_steps, max_steps, cfg.schedule)      # a wrong schedule is refused now
     raw.checkpointing = cfg.activation_checkpointing
-    model = dist.wrap(raw, ctx, cfg.compile, dtype)
+    model = dist.wrap(raw, ctx, cfg.compile, dtype)          # raw: the bare weights, what is optimised, saved and sampled; model: raw over all ranks
     optimizer = make_optimizer(raw, cfg.optimizer, cfg.learning_rate, cfg.weight_decay, muon_lr=cfg.muon_lr)
     scaler = torch.amp.GradScaler(ctx.device.type, enabled=dtype == torch.float16)
     saver = checkpoint.Saver(cfg, ctx, raw, optimizer, scaler, tokenizer, STAGE)

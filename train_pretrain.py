@@ -85,7 +85,7 @@ class Config:
     keep: int = arg(2, "newest checkpoints to keep, beside the best; 0 = all")
     milestones: list = arg([], "updates whose checkpoints stay for good: 0 1 2 4 8 …")
     patience: int = arg(0, "stop after so many evaluations without a better val/loss; 0 = never")
-    rollback: int = arg(0, "after 20 non-finite updates in a row go back so many and on at --rollback_lr; 0 = stop", unit="updates")
+    rollback: int = arg(0, "after 20 bad updates in a row go back so many and on at --rollback_lr; 0 = stop", unit="updates")
     rollback_lr: float = arg(0.1, "factor of the rate after a rollback, until it is as far behind")
     tensorboard: bool = arg(False, "also write OUT/tensorboard (extra: tensorboard)")
     sample_prompts: list = arg([], "texts to complete greedily at each evaluation; none = openings of validation documents")
@@ -161,7 +161,7 @@ def main(cfg):
         print(f"note: these {max_steps} updates end inside the warmup of {cfg.warmup_steps}; lower --warmup_steps", flush=True)
     get_lr(1, cfg.learning_rate, cfg.min_lr, cfg.warmup_steps, max_steps, cfg.schedule)      # a wrong schedule is refused now
     raw.checkpointing = cfg.activation_checkpointing
-    model = dist.wrap(raw, ctx, cfg.compile, dtype)
+    model = dist.wrap(raw, ctx, cfg.compile, dtype)          # raw: the bare weights, what is optimised, saved and sampled; model: raw over all ranks
     optimizer = make_optimizer(raw, cfg.optimizer, cfg.learning_rate, cfg.weight_decay, muon_lr=cfg.muon_lr)
     scaler = torch.amp.GradScaler(ctx.device.type, enabled=dtype == torch.float16)
     saver = checkpoint.Saver(cfg, ctx, raw, optimizer, scaler, tokenizer, STAGE)
@@ -172,10 +172,12 @@ def main(cfg):
     sampler.order = curriculum.sample_order(cfg, train, sampler, max_steps, phases, at.step)
     parts = ", ".join(f"{name} {n:,}" for name, n in parameter_count(raw).items())
     print(f"parameters: {parts}\n{flops_per_token(raw, T) / 1e6:.1f} MFLOP a token | {dtype} on {ctx.device}, "
-          f"{ctx.world_size} rank(s)\n{len(train):,} rows of {T} | {sampler.rows_per_step * T:,} tokens an update "
+          f"{ctx.world_size} rank(s)\n{len(train):,} rows of {T} | {'up to ' * (cfg.rows == 'documents')}{sampler.rows_per_step * T:,} tokens an update "
           f"| {max_steps} updates = {max_steps * sampler.rows_per_step / len(train):.2f} epochs "
           f"| expected first loss ln {raw.args.vocab_size} = {math.log(raw.args.vocab_size):.2f}", flush=True)
 
+    if "prefix_lm" in raw.args.variants:
+        print("note: plain text has no prompt and is trained causally; prefix_lm takes effect in train_sft.py", flush=True)
     prompts = cfg.sample_prompts or val.openings(tokenizer)
 
     def evaluate():

@@ -1,4 +1,4 @@
-"""Formulas of model.py once more, with their derivatives by hand, for training in fp32 on a CPU.
+"""What model.py computes otherwise on a CPU: its formulas with derivatives by hand, for fp32; attention that leaves autocast.
 
 Nobody fuses these steps for us there: autograd keeps every intermediate tensor and walks through memory once for each. By
 hand a step keeps its inputs and little else. On a GPU, in half precision and under torch.compile, which fuses by itself,
@@ -58,7 +58,8 @@ class SwiGLUByHand(torch.autograd.Function):
 
 
 class LinearByHand(torch.autograd.Function):
-    """y = x W^T, dx = g W, dW = g^T x. PyTorch's CPU build brings two matrix libraries and sends fp32 to MKL; oneDNN is the
+    """y = x W^T, dx = g W, dW = g^T x. ONEDNN(a, b, bias, activation, its numbers, its name) is act(a b^T + bias); here both are
+    left out: None, "none", [], "". PyTorch's CPU build brings two matrix libraries and sends fp32 to MKL; oneDNN is the
     faster one for the first two products where MKL does not use all of the processor (docs/speed.md)."""
     @staticmethod
     def forward(ctx, x, w):

@@ -212,8 +212,8 @@ def load(path, device="cpu", expect=None, variants=()):
     try:
         model.load_state_dict(read(path, "model.pt"))
     except RuntimeError as e:
-        extra = f" with --variants {' '.join(variants)}" if variants else ""
-        raise UserError(f"{path}: the weights do not fit the model that meta.json describes{extra}: {str(e).splitlines()[-1].strip()}") from None
+        extra = f" with --variants {' '.join(variants)} added (a trained model takes only variants without weights)" if variants else ""
+        raise UserError(f"{path}: the weights do not fit the model that meta.json describes{extra}: {str(e).splitlines()[-1].strip()[:120]}") from None
     if meta.get("lora"):
         peft.merge_lora(model)
     return model.to(device).eval(), tokenizer, meta
@@ -278,7 +278,7 @@ class Saver:
         rng = {"cpu": torch.get_rng_state()}
         if ctx.device.type in ("cuda", "mps"):
             rng[ctx.device.type] = torch.cuda.get_rng_state(ctx.device) if ctx.device.type == "cuda" else torch.mps.get_rng_state()
-        training = {"scaler": self.scaler.state_dict(), "rng": ctx.gather(rng)[:: ctx.tp]}
+        training = {"scaler": self.scaler.state_dict(), "rng": ctx.gather(rng)[:: ctx.tp]}          # one a data-parallel rank: its tp processes draw alike
         if sharded:
             from nanollm import parallel
             failed = ctx.gather(self.no_room(at) if ctx.main else "")[0]

@@ -41,12 +41,12 @@ class Context:
 
     def share(self, batches):
         """This rank's part of a list of batches, filled up with empty ones: a forward pass over sharded weights is a collective, so
-        all ranks must make the same number of them."""
+        all ranks must make the same number of them. -n % W empty ones make n a multiple of W; rank r takes each W-th from r on."""
         return [*batches, *[[]] * (-len(batches) % self.world_size)][self.rank :: self.world_size]
 
     def sum(self, value):
-        """The sum of a number or tensor over the data-parallel ranks, on every rank. What lies on the CPU is summed there
-        (gloo), so that counting tokens never makes the CPU wait for the GPU."""
+        """The sum of a number or tensor over the data-parallel ranks, on every rank. The group has two backends, "cpu:gloo,cuda:nccl"
+        (init below), and the tensor's device picks: what lies on the CPU is summed there, so that counting never waits for the GPU."""
         value = torch.as_tensor(value).detach().clone()
         if self.world_size > 1:
             torch_dist.all_reduce(value, group=self.group)
@@ -135,7 +135,7 @@ def init(device="auto", parallel="ddp", tp=1):
     if not ctx.main:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # rank 0 speaks for all; errors still reach the screen
 
-    def remember(signum, frame):
+    def note_signal(signum, frame):
         if ctx.interrupted:                                  # the second Ctrl-C means now
             raise KeyboardInterrupt
         ctx.interrupted.append(signum)
@@ -144,7 +144,7 @@ def init(device="auto", parallel="ddp", tp=1):
 
     with contextlib.suppress(ValueError):                    # not in the main thread (a notebook's, say): leave them
         for signum in (signal.SIGINT, signal.SIGTERM):
-            ctx.handlers[signum] = signal.signal(signum, remember)
+            ctx.handlers[signum] = signal.signal(signum, note_signal)
     return ctx
 
 

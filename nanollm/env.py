@@ -38,6 +38,16 @@ def cpu_model():
     return (command("sysctl", "-n", "machdep.cpu.brand_string") if sys.platform == "darwin" else "") or platform.processor() or platform.machine()
 
 
+def native_bf16():
+    """Whether the processor multiplies bf16 itself, from the flags that Linux shows; "" where the system does not tell."""
+    file = Path("/proc/cpuinfo")
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []:
+        if line.startswith(("flags", "Features")):              # as x86 and ARM call them
+            found = [flag for flag in ("avx512_bf16", "amx_bf16", "bf16") if flag in line.split()]
+            return f", bf16 natively: {'yes (' + ', '.join(found) + ')' if found else 'no'}"
+    return ""
+
+
 def memory_gib():
     """(physical memory, the limit of a container or 0), both in GiB; 0 where the system does not tell."""
     try:
@@ -96,7 +106,8 @@ def describe():
             f"driver {driver}" if (driver := command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")) else ""]
     lines = [("nanollm", f"{version('nanollm') or 'not installed, run from its directory'}{f', commit {commit}{changed}' if commit else ''}"),
              ("system", ", ".join(filter(None, [f"{platform.system()} {platform.release()}", platform.machine(), " ".join(platform.libc_ver()).strip()]))),
-             ("cpu", f"{cpu_model()}, {os.cpu_count()} logical cores, {usable} usable, {torch.backends.cpu.get_cpu_capability()}"),
+             ("cpu", f"{cpu_model()}, {os.cpu_count()} logical cores, {usable} usable, {torch.backends.cpu.get_cpu_capability()}"
+              + native_bf16()),
              ("memory", f"{total:.1f} GiB{f', limited to {limit:.1f} GiB' if limit else ''}" if total else "unknown"),
              ("threads", f"{torch.get_num_threads()} in an operation, {torch.get_num_interop_threads()} between operations"),
              *[(f"gpu {i}", line) for i, line in enumerate(gpus())],

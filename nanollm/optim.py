@@ -67,18 +67,18 @@ class Muon(torch.optim.AdamW):
                 if p.grad is not None:
                     by_shape.setdefault(p.shape, []).append(p)
             for shape, params in by_shape.items():
-                updates = []
+                momenta = []
                 for p in params:
                     state = self.state[p]
                     if not state:
                         state["step"], state["momentum"] = torch.tensor(0.0), torch.zeros_like(p)
-                    grad = torch.where(found_inf > 0, state["momentum"], p.grad)
+                    grad = torch.where(found_inf > 0, state["momentum"], p.grad)      # not finite: from m to m no lerp moves (0 * NaN is NaN)
                     state["momentum"].lerp_(grad, 1 - group["momentum"])
-                    updates.append(torch.lerp(grad, state["momentum"], group["momentum"]))     # Nesterov
+                    momenta.append(torch.lerp(grad, state["momentum"], group["momentum"]))     # Nesterov
                 scale = max(1.0, shape[0] / shape[1]) ** 0.5        # so that a unit input moves every shape alike
                 rate = group["lr"] * (1 - found_inf)
-                for p, update in zip(params, orthogonalize(torch.stack(updates))):
-                    p.mul_(1 - rate * group["weight_decay"]).sub_(update * (rate * scale))
+                for p, direction in zip(params, orthogonalize(torch.stack(momenta))):
+                    p.mul_(1 - rate * group["weight_decay"]).sub_(direction * (rate * scale))
         everything = self.param_groups
         self.param_groups = [group for group in everything if not group["muon"]]
         try:
@@ -105,7 +105,7 @@ def make_optimizer(model, kind="adamw", learning_rate=3e-4, weight_decay=0.1, be
     groups = [{"muon": False, "lr_scale": 1.0, **g, "params": part} for g in groups for cut in (False, True)
               if (part := [(n, p) for n, p in g["params"] if sharded(p) == cut])]
     if kind == "muon" and any(sharded(p) for _, p in named):
-        raise UserError("--optimizer muon turns whole matrices, and with --parallel fsdp or --tp every process holds slices; use adamw, or --parallel ddp")
+        raise UserError("--optimizer muon orthogonalises whole matrices; with --parallel fsdp or --tp each process holds slices: use adamw, or --parallel ddp")
     cls = Muon if kind == "muon" else torch.optim.AdamW
     return cls(groups, lr=learning_rate, betas=betas, fused=True)
 

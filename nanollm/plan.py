@@ -62,7 +62,7 @@ class Config:
     gradient_accumulation_steps: int = arg(1, "micro-batches per update over all ranks together", least=1)
     optimizer: str = arg("adamw", "adamw: two moments; muon: one for the blocks' matrices, two for the rest")
     dtype: str = arg("auto", "compute type: float32, bfloat16, float16; auto: the hardware's 16-bit type, float32 on the cpu")
-    parallel: str = arg("ddp", "ddp, zero1, zero2 or fsdp (= ZeRO-3): what --gpus share out")
+    parallel: str = arg("ddp", "ddp or fsdp (= ZeRO-3), as in the scripts; zero1, zero2 for comparison: what --gpus share out")
     activation_checkpointing: bool = arg(False, "keep only each block's input and compute the rest again")
     # the plan's own
     gpus: int = arg(1, "number of GPUs", least=1)
@@ -334,7 +334,8 @@ def main(cfg):
             m = memory(args, cfg.batch_size, parallel=how, checkpointing=checkpointing, **cost)
             chosen = (how == cfg.parallel or gpus == 1) and checkpointing == cfg.activation_checkpointing
             print(f"{(how if gpus > 1 else 'one process') + (' + checkpointing' if checkpointing else ''):<28}"
-                  + "".join(f"{b / size:>13.2f}" for b in m.values()) + ("   <- this plan" if chosen else ""))
+                  + "".join(f"{b / size:>13.2f}" for b in m.values()) + ("   <- this plan" if chosen else "")
+                  + ("" if how in ("ddp", "fsdp", "tp") else "   (not in the scripts, for comparison)"))
     if cfg.hardware == "cpu":
         print(f"the process will hold about {mine['total'] * HEAP / size:.0f} {unit} above what PyTorch itself takes: malloc keeps pieces")
     if args.dropout:

@@ -28,7 +28,8 @@ class Config:
 
 def read(path):
     """The records of OUT/metrics.jsonl as columns: {"train": {key: array}, "val": {key: array}}, each with "step", "tokens" and
-    "time" (seconds), and "clock": whether the file tells the time. A half line of a killed process is left out.
+    "time" (seconds); "events": {"step", "tokens", "left out", "rollback"}, the last two 0 or 1; and "clock": whether the file tells
+    the time. A half line of a killed process is left out.
 
     Evaluations carry no token count, and old files no time: tokens are interpolated by step, time is added up from
     tokens / tokens_per_s. Raises UserError without a usable file.
@@ -63,7 +64,12 @@ def read(path):
             known = ~np.isnan(train[key])
             steps, values = np.r_[0, train["step"][known]], np.r_[0, train[key][known]]
             val[key] = np.interp(val["step"], steps, values)
-    return {**columns, "clock": clocked}
+    happened = [r for r in records if isinstance(r.get("event"), str)]
+    events = {word: np.array([word in r["event"] for r in happened], int) for word in ("left out", "rollback")}
+    events["step"] = np.array([r["step"] for r in happened], float)
+    known = ~np.isnan(train["tokens"])
+    events["tokens"] = np.interp(events["step"], np.r_[0, train["step"][known]], np.r_[0, train["tokens"][known]])
+    return {**columns, "events": events, "clock": clocked}
 
 
 def smoothed(values, n):
@@ -95,17 +101,23 @@ def picture(runs, smooth=1):
         lr.plot(train["tokens"], train["lr"], color=colour)
         norm.plot(train["tokens"], smoothed(train["grad_norm"], smooth), color=colour, lw=1)
         speed.plot(train["tokens"], train["tokens_per_s"], color=colour, lw=1)
+        events, ticks = r["events"], r["events"]["left out"] | r["events"]["rollback"] > 0
+        for ax in (by_tokens, lr, norm) if ticks.any() else ():           # at the foot, one above the other for several runs
+            ax.plot(events["tokens"][ticks], np.full(ticks.sum(), 0.015 + 0.02 * i), color=colour, ls="none", marker="|", ms=7, mew=1.4,
+                    transform=ax.get_xaxis_transform())
         done = [f"{name}"]
         if len(val["val/loss"]) and not np.isnan(val["val/loss"]).all():
             best = int(np.nanargmin(val["val/loss"]))
             done += [f"    last validation loss {val['val/loss'][-1]:.4f}, lowest {val['val/loss'][best]:.4f} at step {val['step'][best]:,.0f}"]
         last = train if len(train["step"]) else val
         done += [f"    {last['step'][-1]:,.0f} updates, {last['tokens'][-1]:,.0f} tokens, {clock(last['time'][-1])}"]
+        if ticks.any():
+            done[-1] += f"; ticks: {events['left out'].sum()} left out, {events['rollback'].sum()} rollback(s)"
         legend.text(0, 1 - i / max(6, len(runs)), "\n".join(done), color=colour, va="top", fontsize=10 if len(runs) <= 6 else 7, transform=legend.transAxes)
     legend.axis("off")
     finite = [x for x in losses if math.isfinite(x) and x > 0]
     steep = [by_tokens, by_time] if finite and len(finite) == sum(map(math.isfinite, losses)) and max(finite) > 3 * min(finite) else []
-    for ax in (*steep, norm):                        # on a plain axis the last tenth of a fall from ln V would be a flat line
+    for ax in (*steep, lr, norm):                    # on a plain axis the last tenth of a fall, of the loss or the rate, would be a flat line
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
@@ -116,7 +128,7 @@ def picture(runs, smooth=1):
         ax.set(title=title, xlabel="tokens")
     for ax in (by_tokens, lr, norm, speed):
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    speed.set_ylim(bottom=0)
+    speed.set_ylim(0, 1.05 * speed.get_ylim()[1])
     for ax in (by_tokens, by_time, lr, norm, speed):
         ax.grid(alpha=0.3)
     return fig

@@ -42,6 +42,17 @@ def test_a_missing_program_is_no_error(monkeypatch):
     assert dict(env.describe())["nanollm"]
 
 
+def test_a_cpu_that_multiplies_bf16_is_told_by_its_flags(monkeypatch):
+    """x86's and ARM's names; nothing is claimed where the system does not tell."""
+    text = {}
+    monkeypatch.setattr(env, "Path", lambda name: types.SimpleNamespace(exists=lambda: bool(text), read_text=lambda **how: text[0]))
+    assert env.native_bf16() == ""
+    for line, says in (("flags\t\t: fpu avx2 avx512f", "no"), ("flags\t\t: avx512_bf16 amx_bf16 amx_tile", "yes (avx512_bf16, amx_bf16)"),
+                       ("Features\t: fp asimd bf16 i8mm", "yes (bf16)")):
+        text[0] = f"processor\t: 0\n{line}\n"
+        assert env.native_bf16() == f", bf16 natively: {says}"
+
+
 def test_gpus_are_described_with_what_they_compute_in(monkeypatch):
     """A card of compute capability 7.0 only imitates bf16."""
     card = types.SimpleNamespace(name="Tesla V100", total_memory=32 * 2**30, major=7, minor=0, multi_processor_count=80)

@@ -61,6 +61,20 @@ def test_one_picture_of_several_runs(tmp_path, capsys):
     assert (a / "plot.png").exists()
 
 
+def test_updates_left_out_and_rollbacks_are_ticks(tmp_path):
+    """At their tokens, between the records of the log; other events and quiet runs have none."""
+    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b")
+    with open(a / "metrics.jsonl", "a", encoding="utf-8") as f:
+        for step, text in ((3, "loss or gradient is not finite: update left out (1 in a row)"), (4, "rollback from step 9"), (9, "early stop")):
+            f.write(json.dumps({"step": step, "event": text}) + "\n")
+    fig = plot.picture({"a": plot.read(a), "b": plot.read(b)})
+    by_tokens, _, legend, lr, norm, _ = fig.axes
+    assert [len(ax.lines) for ax in fig.axes] == [5, 4, 0, 3, 3, 2] and lr.get_yscale() == "log"
+    for ax in (by_tokens, lr, norm):
+        assert [line.get_xdata().tolist() for line in ax.lines if line.get_marker() == "|"] == [[150, 200]]
+    assert sum("1 left out, 1 rollback(s)" in t.get_text() for t in legend.texts) == 1
+
+
 def test_what_cannot_be_drawn_is_said_in_one_sentence(tmp_path, monkeypatch):
     run = str(write_run(tmp_path / "a"))
     (tmp_path / "empty").mkdir()

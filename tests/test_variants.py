@@ -69,7 +69,8 @@ def test_without_variants_nothing_changes():
 
 @pytest.mark.parametrize("words, says", [
     (["qknorm"], "did you mean 'qk_norm'"), (["zzz"], "choose from qk_norm"), (["moe:experts=4"], "did you mean 'n_experts'"),
-    (["moe:n_experts=many"], "wants int"), (["moe:n_experts"], "n_experts=8"), (["qk_norm:a=1"], "it has none"),
+    (["moe:top_k=two"], "^--variants moe:top_k=two: top_k wants int, got 'two'$"), (["moe:n_experts"], "n_experts=8"), (["qk_norm:a=1"], "it has none"),
+    (["moe,qk_norm"], "separate them by spaces"), (["moe:top_k=2,qk_norm"], "separate variants by spaces"),
     (["moe", "geglu"], "moe and geglu both replace the feed_forward"), (["gpt2", "rope_scaling"], "both replace the positions"),
     (["qk_norm", "qk_norm"], "both replace"), (["moe:n_experts=2,top_k=3"], "between 1 and n_experts"),
     (["sliding_window:window=40"], "fit into max_seq_len 32"), (["rope_scaling:kind=zoom"], "linear, ntk or yarn")])
@@ -484,6 +485,15 @@ def test_logits_with_scaled_rope_equal_transformers(kind):
     hf.tie_weights()
     with torch.no_grad():
         close(model(tokens(2, 32)), hf(input_ids=tokens(2, 32)).logits)
+
+
+def test_what_a_variant_needs_is_said_where_it_is_missing(world, tmp_path, capsys):
+    """Plain text has no prompt for a prefix-LM, rows of documents may hold padding, and a trained model has no weights for new parts."""
+    train_pretrain.main(train_pretrain.Config(**options("pretrain", world, tmp_path / "run", max_steps=1, variants=["prefix_lm"])))
+    said = capsys.readouterr().out
+    assert "takes effect in train_sft.py" in said and "| up to " in said
+    with pytest.raises(UserError, match="with --variants qk_norm added.*only variants without weights.*Missing key"):
+        checkpoint.load(world / "base", variants=["qk_norm"])
 
 
 @pytest.mark.parametrize("kind", ["linear", "ntk", "yarn"])

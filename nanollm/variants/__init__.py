@@ -36,15 +36,19 @@ def parse(text):
     """'moe:n_experts=8,top_k=2' -> ('moe', {'n_experts': 8, 'top_k': 2}), each value of its default's type."""
     name, _, rest = text.partition(":")
     if name not in VARIANTS:
-        raise UserError(f"--variants: there is no {name!r}; {nearest(name, VARIANTS)}")
+        raise UserError(f"--variants: there is no {name!r}; {'separate them by spaces' if ',' in name else nearest(name, VARIANTS)}")
     defaults = {p.name: p.default for p in inspect.signature(VARIANTS[name]).parameters.values() if p.default is not p.empty}
     options = {}
     for pair in filter(None, rest.split(",")):
         key, equals, value = pair.partition("=")
         if key not in defaults or not equals:
-            raise UserError(f"--variants {text}: {name} has no option {key!r}; {nearest(key, defaults)}" if key not in defaults
+            hint = "separate variants by spaces" if key.partition(":")[0] in VARIANTS else nearest(key, defaults)
+            raise UserError(f"--variants {text}: {name} has no option {key!r}; {hint}" if key not in defaults
                             else f"--variants {text}: give {key} a value, {key}={defaults[key]}")
-        options[key] = convert(f"variants {name}:{key}", value, defaults[key], text)
+        try:
+            options[key] = convert(key, value, defaults[key], text)
+        except UserError:
+            raise UserError(f"--variants {text}: {key} wants {type(defaults[key]).__name__}, got {value!r}") from None
     return name, options
 
 
