@@ -181,7 +181,7 @@ def measure(name, mode, loss, ctx, dtype, cfg):
 
 def table(rows, peak, sheet):
     lines = ["| shape | loss | mode | parameters | rows x T | ms a step | tokens/s | TFLOP/s | of peak | of sheet | attention | peak GiB | planned |",
-             "|---" * 13 + "|"]
+             "|" + "---|" * 13]
     for r in rows:
         percent = lambda p: f"{100 * r['flops_per_s'] / p:.1f} %" if p else "-"
         peak_gib, planned_gib = (f"{r[k] / 2**30:.2f}" if r[k] else "-" for k in ("peak_bytes", "planned_bytes"))
