@@ -123,7 +123,11 @@ def init(device="auto", parallel="ddp", tp=1):
     if size > 1 and not torch_dist.is_initialized():
         if os.name == "nt":
             os.environ.setdefault("USE_LIBUV", "0")          # the Windows wheels are built without libuv
-        torch_dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        store, attempt = None, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        if attempt != "0" and local_size == size:            # torchrun on one machine keeps its store over restarts: the addresses of the dead
+            store = torch_dist.PrefixStore(f"attempt_{attempt}", next(torch_dist.rendezvous("env://", timeout=timeout))[0])
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        torch_dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
     ctx = Context(rank // tp, local_rank, size // tp, device, rank == 0, parallel, tp)
     if size > 1 and (parallel == "fsdp" or tp > 1):
         ctx.mesh = torch_dist.device_mesh.init_device_mesh(device.type, (size // tp, tp), mesh_dim_names=("dp", "tp"))
