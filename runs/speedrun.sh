@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole road, from nothing to a chat model, on a laptop CPU.
 #
-#   bash runs/speedrun.sh            the demo: about 8 minutes on 2 cores after installation
+#   bash runs/speedrun.sh            the demo: about 6 minutes on 2 cores after installation
 #   bash runs/speedrun.sh --smoke    the same road in under a minute, to see that everything works (it learns little)
 #   bash runs/speedrun.sh --force    redo every step; without it, finished steps are skipped and broken ones go on
 #
