@@ -120,7 +120,7 @@ def worker(out):
         with CommDebugMode() as counted:
             model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
         seen["all-reduces"] = sum(counted.get_comm_counts().values())
-    with pytest.raises(UserError, match="every process holds slices"):
+    with pytest.raises(UserError, match="each process holds slices"):
         make_optimizer(model.module, "muon")
     torch.save(seen, out / f"seen{me}.pt")
     dist.finish(ctx)
