@@ -146,7 +146,7 @@ def nanogpt(cfg, seed):
         times = {int(i): float(ms) / 1000 for i, ms in re.findall(r"iter (\d+): .* time ([\d.]+)ms", output)}
         sys.path.insert(0, str(copy))
         from model import GPT, GPTConfig
-        checkpoint = torch.load(copy / "out-shakespeare-char/ckpt.pt", weights_only=False)
+        checkpoint = torch.load(copy / "out-shakespeare-char/ckpt.pt", weights_only=True)
     model = GPT(GPTConfig(**checkpoint["model_args"])).eval()
     model.load_state_dict(checkpoint["model"])
     seconds = 2000 * statistics.mean(times[i] for i in range(1, 2000))
