@@ -189,8 +189,8 @@ def main(cfg):
 
     while True:
         # [shared:evaluate_and_save]
-        last, stop = at.step >= max_steps, ctx.stop_requested()           # asked to stop: save at once, evaluate another time
-        if (at.step % cfg.eval_every == 0 or last) and at.evaluated != at.step and not stop:
+        last, stop = at.step >= max_steps, ctx.stop_requested()           # asked to stop: save without an evaluation out of turn
+        if (at.step % cfg.eval_every == 0 or last) and at.evaluated != at.step:
             metrics = evaluate()
             log(at.step, metrics)
             at.judge(metrics["val/loss"], counts=at.step % cfg.eval_every == 0)
