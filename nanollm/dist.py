@@ -8,6 +8,7 @@ import hashlib
 import os
 import signal
 import sys
+import time
 from dataclasses import dataclass, field
 
 import torch
@@ -156,6 +157,8 @@ def finish(ctx):
     """Leave the group. A run that was stopped ends with code 130, so that what called it does not take it for done."""
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()
+        if ctx.sharded:                                      # DTensor's caches keep the group's threads alive. One that frees a tensor
+            time.sleep(0.2)                                  # while Python shuts down would abort the process (PyTorch's PR 179291): let it
     for signum, handler in ctx.handlers.items():             # a notebook's Ctrl-C is its own again
         signal.signal(signum, handler or signal.SIG_DFL)
     if ctx.interrupted:

@@ -211,14 +211,15 @@ EXTRA = {"sft-lora": {"merge_on_save": True, "lora_dropout": 0.0}, "pretrain": {
 def scripts_worker(out):
     """Each script in each layout, one after the other in one group."""
     torch_dist.init_process_group("gloo")
-    dist.finish = lambda ctx: None
+    contexts, finish = [], dist.finish
+    dist.finish = contexts.append
     if int(os.environ["RANK"]) == 0:
         write_world(out / "world")
     torch_dist.barrier()
     for variant, layouts in RUNS.items():
         for layout in layouts:
             start(variant, out / "world", out / f"{variant}-{layout}", **EXTRA.get(variant, {}), **FLAGS[layout])
-    torch_dist.destroy_process_group()
+    finish(contexts[-1])
 
 
 @pytest.fixture(scope="module")
