@@ -15,6 +15,13 @@ def by_hand(x):
     return plain and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
 
 
+def product(a, b):
+    """a b^T. PyTorch's CPU build brings two matrix libraries and sends fp32 to MKL; oneDNN is the faster one where MKL does not use
+    all of the processor (docs/speed.md), but for small ones. ONEDNN(a, b, bias, activation, its numbers, its name) is
+    act(a b^T + bias); here both are left out: None, "none", [], ""."""
+    return ONEDNN(a, b, None, "none", [], "") if ONEDNN and a.numel() >= 2**18 else a @ b.t()
+
+
 class RMSNormByHand(torch.autograd.Function):
     """y = w * n with n = x r, r = 1 / rms(x):  dx = r (w g - n mean(w g n)),  dw = sum over tokens of g n."""
     @staticmethod
@@ -57,18 +64,31 @@ class SwiGLUByHand(torch.autograd.Function):
         return torch.ops.aten.silu_backward(g * up, gate), F.silu(gate).mul_(g)
 
 
+class SwiGLULinearByHand(torch.autograd.Function):
+    """y = h W^T with h = silu(gate) up. Keeps gate and up; h, which a Linear would keep too, is computed again."""
+    @staticmethod
+    def forward(ctx, gate, up, w):
+        ctx.save_for_backward(gate, up, w)
+        return product(F.silu(gate).mul_(up), w)
+    @staticmethod
+    def backward(ctx, g):
+        gate, up, w = ctx.saved_tensors
+        silu = F.silu(gate)
+        dw = g.flatten(0, -2).t() @ (silu * up).flatten(0, -2) if ctx.needs_input_grad[2] else None
+        dh = product(g.contiguous(), w.t())
+        return torch.ops.aten.silu_backward(dh * up, gate), silu.mul_(dh), dw
+
+
 class LinearByHand(torch.autograd.Function):
-    """y = x W^T, dx = g W, dW = g^T x. ONEDNN(a, b, bias, activation, its numbers, its name) is act(a b^T + bias); here both are
-    left out: None, "none", [], "". PyTorch's CPU build brings two matrix libraries and sends fp32 to MKL; oneDNN is the
-    faster one for the first two products where MKL does not use all of the processor (docs/speed.md)."""
+    """y = x W^T, dx = g W, dW = g^T x."""
     @staticmethod
     def forward(ctx, x, w):
         ctx.save_for_backward(x, w)
-        return ONEDNN(x, w, None, "none", [], "")
+        return product(x, w)
     @staticmethod
     def backward(ctx, g):
         x, w = ctx.saved_tensors
-        dx = ONEDNN(g.contiguous(), w.t(), None, "none", [], "") if ctx.needs_input_grad[0] else None
+        dx = product(g.contiguous(), w.t()) if ctx.needs_input_grad[0] else None
         return dx, g.flatten(0, -2).t() @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
 
 

@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nanollm.by_hand import ONEDNN, LinearByHand, RMSNormByHand, RotateByHand, SwiGLUByHand, by_hand, scaled_dot_product_attention
+from nanollm.by_hand import ONEDNN, LinearByHand, RMSNormByHand, RotateByHand, SwiGLUByHand, SwiGLULinearByHand, by_hand, scaled_dot_product_attention
 
 
 @dataclass
@@ -99,8 +99,11 @@ def naive_attention(q, k, v, mask, dropout_p=0.0):
 class Linear(nn.Linear):
     """y = x W^T, by the faster of the CPU's two matrix libraries (by_hand.py)."""
 
+    def plain(self):             # no adapter, no bias, no slice
+        return self.bias is None and type(self.weight) is nn.Parameter
+
     def forward(self, x):
-        if ONEDNN and x.numel() >= 2**18 and by_hand(x) and self.bias is None and type(self.weight) is nn.Parameter:      # smaller ones gain nothing
+        if ONEDNN and x.numel() >= 2**18 and by_hand(x) and self.plain():      # smaller ones gain nothing
             return LinearByHand.apply(x, self.weight)
         return F.linear(x, self.weight, self.bias)
 
@@ -162,7 +165,10 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(args.dropout)
 
     def forward(self, x):
-        return self.dropout(self.w2(swiglu(self.w1(x), self.w3(x))))
+        gate, up = self.w1(x), self.w3(x)
+        if by_hand(gate) and isinstance(self.w2, Linear) and self.w2.plain():
+            return self.dropout(SwiGLULinearByHand.apply(gate, up, self.w2.weight))
+        return self.dropout(self.w2(swiglu(gate, up)))
 
 
 class TransformerBlock(nn.Module):

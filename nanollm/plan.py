@@ -108,7 +108,7 @@ def block_activations(args, dtype, device="cuda", mask=False):
     a = 4 if cpu and not plain else s                                      # what attention computes in
     norm = 4 * (C + 1) if cpu and not half else 4 * (2 * C + 1)
     kept = {"attention_norm": norm, "input of wq wk wv": (3 if half else 1) * s * C, "q k v": 3 * a * C, "input of wo": a * C + (s * C if a > s else 0),
-            "ffn_norm": norm, "input of w1 w3": (2 if half else 1) * s * C, "inside of the FFN": (3 if cpu and not half else 4) * s * F}
+            "ffn_norm": norm, "input of w1 w3": (2 if half else 1) * s * C, "inside of the FFN": (2 if cpu and not half else 4) * s * F}
     if plain:
         return kept | {"scores": T * (H * (4 + (s if half else 0)) + 1)}
     return kept | {"logsumexp": 4 * H} | ({"mask": a * T} if mask else {})

@@ -12,7 +12,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 import nanollm.model
 from nanollm.hf import to_hf_state
 from nanollm.losses import cross_entropy, linear_cross_entropy
-from nanollm.model import (KVCache, Linear, ModelArgs, RewardModel, RMSNorm, Transformer, apply_rope, flops_per_token,
+from nanollm.model import (FeedForward, KVCache, Linear, ModelArgs, RewardModel, RMSNorm, Transformer, apply_rope, flops_per_token,
                            naive_attention, parameter_count, rope_table, swiglu)
 
 SMALL = dict(dim=32, n_layers=2, n_heads=4, vocab_size=61, max_seq_len=32)
@@ -115,7 +115,7 @@ class Kept:
         self.hooks.__exit__(*error)
 
 
-@pytest.mark.parametrize("part", ["rms_norm", "rope", "swiglu", "linear"])
+@pytest.mark.parametrize("part", ["rms_norm", "rope", "swiglu", "linear", "feed_forward"])
 def test_derivatives_by_hand_equal_autograds(part, monkeypatch):
     """Each part with its derivative by hand against the plain formula differentiated by PyTorch, on the CPU in fp32; by hand
     keeps no more for the backward pass than the formula does."""
@@ -124,13 +124,14 @@ def test_derivatives_by_hand_equal_autograds(part, monkeypatch):
     with torch.no_grad():
         norm.weight.add_(draw(512, seed=1))
     x = draw(1, 512, 512, seed=2)
-    heads = lambda x: x.view(1, 512, 8, 64).transpose(1, 2)
+    heads, block = lambda x: x.view(1, 512, 8, 64).transpose(1, 2), FeedForward(ModelArgs(dim=512, n_heads=8))
     run, given = {"rms_norm": (lambda: norm(x), (x, norm.weight)), "rope": (lambda: apply_rope(heads(x), *table), (x,)),
-                  "swiglu": (lambda: swiglu(x[..., :256], x[..., 256:]), (x,)), "linear": (lambda: linear(x), (x, linear.weight))}[part]
+                  "swiglu": (lambda: swiglu(x[..., :256], x[..., 256:]), (x,)), "linear": (lambda: linear(x), (x, linear.weight)),
+                  "feed_forward": (lambda: block(x), (x, *block.parameters()))}[part]
     results = []
     for by_hand in (True, False):
         monkeypatch.setattr(nanollm.model, "by_hand", lambda x: by_hand)
-        with Kept(linear) as kept:
+        with Kept(block if part == "feed_forward" else linear) as kept:
             y = run()
         assert ("ByHand" in type(y.grad_fn).__name__) == (by_hand and (part != "linear" or bool(nanollm.model.ONEDNN)))
         results.append((y, torch.autograd.grad(y, given, draw(*y.shape, seed=3).detach()), kept.bytes))

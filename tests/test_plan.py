@@ -317,7 +317,7 @@ def test_the_notes_arithmetic():
     args = ModelArgs(dim=512, n_layers=12, n_heads=8, vocab_size=64793, max_seq_len=512, tie_embeddings=False)
     kept = sum(plan.block_activations(args, torch.bfloat16).values())
     assert kept == 28_456 and round(kept / (512 * 2)) == 28                                   # the notes count one of these tensors
-    assert sum(plan.block_activations(args, torch.float32, "cpu").values()) == 32_936
+    assert sum(plan.block_activations(args, torch.float32, "cpu").values()) == 27_432
     m, P = plan.memory(args, 16, torch.bfloat16), parameter_count(plan.on_meta(args))["total"]
     assert m["weights"] + m["gradients"] + m["optimizer"] == 16 * P                           # weights are a quarter of the states
     states = 16 * P / 1e9
