@@ -18,6 +18,7 @@ from nanollm import checkpoint, dist, evaluation, world
 from nanollm.config import UserError, arg, run
 from nanollm.corpus import io
 from nanollm.data import PreferenceRows, TokenFile, fit_chat, read_rows, report_bad, to_messages, to_preference
+from nanollm.tokenizer import render
 
 
 @dataclass
@@ -33,7 +34,7 @@ class Config:
     template: str = arg("auto", "mc: chat, plain, or auto: chat for text scoring of a model that has learnt to chat, else plain")
     max_rows: int = arg(0, "mc, chat, rm, demo: only the first so many rows; 0 = all", unit="rows")
     temperature: float = arg(0.0, "chat: 0 is greedy; then two runs agree whatever the seed")
-    max_new_tokens: int = arg(128, "chat and demo: longest answer", unit="tokens")
+    max_new_tokens: int = arg(160, "chat and demo: longest answer (the demo's longest has 156)", unit="tokens")
     batch_size: int = arg(64, "answers written at once")
     seed: int = arg(0, "of everything sampled")
     max_bad: float = arg(0.1, "share of unusable rows above which a file is refused")
@@ -132,21 +133,11 @@ def demo(cfg):
     numbers["rm"]["by_why"] = {why: accuracy([p for p in pairs if p[1]["why"] == why]) for why in sorted({row["why"] for _, row in pairs})}
     print(f"rm         accuracy {numbers['rm']['accuracy']:.3f} ± {numbers['rm']['stderr']:.3f} of {numbers['rm']['n']} pairs")
 
-    # Everything is sampled at temperature 1. The rival is always the SFT model's sample under its own seed; the SFT
-    # model itself, under another seed, must come out near 0.5: that is the zero of this scale.
-    rows = some([row for _, row in read_rows([raw / "prefs_val.jsonl"])], cfg)
-    prompts = [to_preference(row)[0] for row in rows]
-    dpo, tok, _ = checkpoint.load(root / "dpo", device, "lm")
-
-    def rates(model, seed):
-        sampled = evaluation.answers(model, tok, prompts, cfg.max_new_tokens, 1.0, seed, cfg.batch_size)
-        return [world.rate(row, text) for row, (text, _) in zip(rows, sampled)]
-
-    rival = rates(sft, cfg.seed + 1)
-    numbers["dpo"] = {"win_rate": evaluation.win_rate(rates(dpo, cfg.seed + 3), rival),
-                      "win_rate_before": evaluation.win_rate(rates(sft, cfg.seed + 2), rival), "n": len(rows)}
-    print(f"dpo        win rate {numbers['dpo']['win_rate']:.3f} against the SFT model, itself {numbers['dpo']['win_rate_before']:.3f}, "
-          f"{len(rows)} prompts")
+    models = {"sft": sft, "dpo": checkpoint.load(root / "dpo", device, "lm")[0]}
+    if (root / "ppo").is_dir():                              # a road of before has none
+        models["ppo"] = checkpoint.load(root / "ppo", device, "lm")[0]
+    numbers |= side_by_side(models, reward, tok, rows, replies, some([row for _, row in read_rows([raw / "prefs_val.jsonl"])], cfg), cfg)
+    dpo = models["dpo"]
 
     questions = some(evaluation.read_choices(raw / "mc" / "demo.csv"), cfg)
     numbers["mc"] = evaluation.multiple_choice(dpo, tok, questions, score="text", chat=True)
@@ -154,6 +145,36 @@ def demo(cfg):
     print(f"mc         accuracy {numbers['mc']['accuracy']:.3f} ± {numbers['mc']['stderr']:.3f}, chance {numbers['mc']['chance']:.3f}, "
           f"{len(questions)} questions\nmeasured in {time.time() - began:.0f} s")
     return numbers
+
+
+def side_by_side(models, reward, tok, questions, replies, rows, cfg):
+    """{"sft", "dpo"[, "ppo"]} models on the same prompts -> {"models": {name: numbers}, "dpo": …, "ppo": …}. replies: SFT's to the questions.
+
+    Exact match is greedy. All else is sampled at temperature 1; the rival of the win rate is always the SFT model's sample under its
+    own seed; the SFT model itself, under another seed, must come out near 0.5: that is the zero of this scale."""
+    asked = [to_preference(row)[0] for row in rows]
+    ids = [render(tok, prompt, add_generation_prompt=True)[0] for prompt in asked]
+
+    def sampled(model, seed):
+        answers = evaluation.answer_ids(model, tok, ids, cfg.max_new_tokens, 1.0, seed, cfg.batch_size)
+        texts = [tok.decode(answer) for answer, _ in answers]
+        return answers, texts, [world.rate(row, text) for row, text in zip(rows, texts)]
+
+    rival, found = sampled(models["sft"], cfg.seed + 1)[2], {}
+    for k, (name, model) in enumerate(models.items(), 2):
+        answers, texts, rates = sampled(model, cfg.seed + k)
+        greedy = replies
+        if name != "sft":
+            greedy = evaluation.answers(model, tok, [to_messages(row)[:-1] for row in questions], cfg.max_new_tokens, batch_size=cfg.batch_size)
+        found[name] = {"exact_match": evaluation.exact_match(questions, greedy, world.correct)["exact_match"],
+                       "win_rate": evaluation.win_rate(rates, rival), "rule": sum(rates) / len(rates),
+                       "stop_rate": sum(ended for _, ended in answers) / len(answers),
+                       **evaluation.away_from(models["sft"], model, reward, tok, ids, answers)}
+        found[name]["chats"] = [{"prompt": prompt[-1]["content"], "text": text} for prompt, text in list(zip(asked, texts))[:5]]
+        print(f"{name:<10} " + ", ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in found[name].items() if key != "chats"))
+    before = found["sft"]["win_rate"]
+    print(f"           {len(rows)} prompts; the win rate is against the SFT model, which stands at {before:.3f} against itself")
+    return {"models": found} | {name: {"win_rate": found[name]["win_rate"], "win_rate_before": before, "n": len(rows)} for name in list(models)[1:]}
 
 
 def table(result):

@@ -58,9 +58,9 @@ def to_hf(cfg):
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(cfg.dtype)
     if dtype is None:
         raise UserError(f"--dtype must be float32, bfloat16 or float16, got {cfg.dtype!r}")
-    table = hf.to_hf_config(model.args, tok, cfg.dtype) | {"nanollm_stage": meta["stage"]}
+    table = hf.to_hf_config(model.args, tok, cfg.dtype) | {"nanollm_stage": meta["stage"], "nanollm_template": tok.template}
     state = hf.to_hf_state(model.state_dict(), model.args)
-    tokenizer_files = foreign_tokenizers.hf_files(tok, tokenizers.CHAT_TEMPLATE, model.args.max_seq_len)
+    tokenizer_files = foreign_tokenizers.hf_files(tok, tokenizers.chat_template(tok), model.args.max_seq_len)
 
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "config.json", table)
@@ -90,6 +90,7 @@ def from_hf(cfg):
             raise UserError(f"cannot read {file}: {e}; the file is damaged, download it again") from None
     known = [source / "tokenizer.json", source / "tokenizer.model"]
     tok = tokenizers.load(next((p for p in known if p.exists()), source))
+    tok.template = table.get("nanollm_template", tok.template)
     state = hf.from_hf_state(state, args)
     extra = tok.vocab_size - args.vocab_size
     if extra > 0:                                               # control tokens for chat that this model never had

@@ -13,6 +13,7 @@ stage. Each stage is a command of its own and reads the last one before it that 
     score           a quality for each document, and without the worst (if you run it)          docs/data.md
     tokenizer       tokenizer.json, vocab.txt; compare: several side by side                    docs/tokenizer.md
     tokenize        train and val token files: what `train_pretrain.py --data` wants            docs/packing.md
+    rejects         preference pairs from an SFT model, or best of n with a reward model          docs/preference_data.md
     build           clean, dedup, tokenizer, tokenize | demo: the files of the demo world | export: documents as JSON lines
 
 Documents lie in Parquet parts with a JSON sidecar each; report.json and report.html say what happened to them. A run that
@@ -29,7 +30,8 @@ from nanollm.config import UserError
 from nanollm.corpus import adapters, bpe, columns, driver, edits, filters, foreign, io, lm, minhash, ngrams, on_ray, pack, parts, passes, pii
 from nanollm.corpus import clean as cleaning, compare as comparing, decontaminate as decontamination, dedup as deduplication, wordpiece
 from nanollm.corpus import outliers as outlying, readers, score as scoring, sentences as sentence_dedup, simhash, soft, train_tokenizer as training
-from nanollm.corpus.options import Build, Clean, Compare, Decontaminate, Dedup, Demo, Export, Outliers, Score, Sentences, Stage, Tokenize, Tokenizer, Weigh
+from nanollm.corpus.options import Build, Clean, Compare, Decontaminate, Dedup, Demo, Export, Outliers, Rejects, Score, Sentences, Stage
+from nanollm.corpus.options import Tokenize, Tokenizer, Weigh
 from nanollm.corpus.parts import Parts, read_report
 from nanollm.corpus.stage import stage
 
@@ -197,7 +199,7 @@ def tokenizer(cfg):
         tok = given or training.train_tokenizer(cfg.kind, texts, cfg.vocab_size, cfg.han_run, cfg.sample_mb << 20,
                                                 lambda line: print("  " + line.removeprefix("tokenizer: ")))
         tok.save(out)
-        foreign_tokenizers.export(tok, tokenizers.CHAT_TEMPLATE, out / "export")
+        foreign_tokenizers.export(tok, tokenizers.chat_template(tok), out / "export")
         some = list(documents.sample(2000))
         row, = comparing.compare({"": tok}, {"all": some} | comparing.by_language(some))
         print(f"  {tok.kind}, {tok.vocab_size:,} ids")
@@ -250,6 +252,13 @@ def export(cfg):
     print("{1:,} rows -> {0}".format(*parts.export(source_of(cfg, "export"), cfg.dropped)))
 
 
+def rejects(cfg):
+    """Preference pairs from an SFT model: a row's own answer against the model's, or with --rank_with the best of n samples against the worst."""
+    from nanollm import preferences                       # only this command needs torch
+    print("rejects", flush=True)
+    preferences.make(cfg)
+
+
 def build(cfg):
     """clean, dedup, (decontaminate,) tokenizer, tokenize: from raw files to what `train_pretrain.py --data` reads."""
     if cfg.shard != "0/1":
@@ -272,7 +281,7 @@ def build(cfg):
 
 COMMANDS = {f.__name__: (f, options) for f, options in (
     (demo, Demo), (clean, Clean), (dedup, Dedup), (sentences, Sentences), (weigh, Weigh), (outliers, Outliers), (decontaminate, Decontaminate),
-    (score, Score), (tokenizer, Tokenizer), (compare, Compare), (tokenize, Tokenize), (export, Export), (build, Build))}
+    (score, Score), (tokenizer, Tokenizer), (compare, Compare), (tokenize, Tokenize), (export, Export), (rejects, Rejects), (build, Build))}
 
 
 def strictly(function, cfg):

@@ -12,30 +12,39 @@ from dataclasses import dataclass
 
 import torch
 
-from nanollm import checkpoint, dist, evaluation, peft
+from nanollm import checkpoint, dist, evaluation, pairs, peft
 from nanollm.config import UserError, arg, run
 from nanollm.data import Ahead, PreferenceRows
 from nanollm.log import Logger
-from nanollm.losses import IGNORE_INDEX, dpo_loss, linear_sequence_logps
+from nanollm.losses import IGNORE_INDEX, KINDS, REFERENCE_FREE, dpo_loss, kto_loss
 from nanollm.mixture import ByLength
 from nanollm.model import parameter_count
 from nanollm.optim import Guard, get_lr, make_optimizer, update
 from nanollm.sampler import Sampler
-from nanollm.variants import mark_prefix
 
 
 @dataclass
 class Config:
-    data: list = arg(["out/demo/raw/prefs_train.jsonl"], "preference files: prompt (or conversations), chosen, rejected")
+    data: list = arg(["out/demo/raw/prefs_train.jsonl"], "preference files: prompt (or conversations), chosen, rejected; for kto also completion, label")
     val_data: list = arg([], "held-out pairs; none = hold out --val_fraction of data")
     val_fraction: float = arg(0.05, "share of the pairs held out when there is no val_data")
     init_from: str = arg("out/demo/sft", "the SFT model: policy at the start, and reference")
+    reference: str = arg("", "another model of the same shape as the reference; empty = init_from")
     out_dir: str = arg("out/dpo", "where checkpoints and metrics.jsonl go")
     resume: str = arg("", "auto: go on from the newest checkpoint in out_dir if there is one; or a checkpoint's path")
     override_schedule: bool = arg(False, "allow --resume with other max_steps or learning-rate options")
     max_seq_len: int = arg(0, "longest row; 0 = the model's context", unit="tokens")
-    beta: float = arg(0.1, "strength of the KL leash: larger keeps the policy nearer to the reference")
-    rpo_alpha: float = arg(0.0, "weight of the chosen answers' own cross-entropy (RPO): holds their probability up")
+    loss: str = arg("sigmoid", f"{', '.join(KINDS)} (formulas: docs/dpo.md)")
+    beta: float = arg(0.1, "strength of the KL leash: larger keeps the policy nearer to the reference; 2 for simpo; orpo's lambda")
+    label_smoothing: float = arg(0.0, "cdpo and robust: share of the labels that are taken to be wrong, below 0.5")
+    simpo_gamma: float = arg(1.0, "simpo: by how much the chosen answer should lead")
+    desirable_weight: float = arg(1.0, "kto: weight of the good answers' loss")
+    undesirable_weight: float = arg(1.0, "kto: weight of the bad answers' loss")
+    rpo_alpha: float = arg(0.0, "weight of the chosen answers' own cross-entropy (RPO): holds their probability up; orpo's is 1")
+    dpop: float = arg(0.0, "DPO-Positive: how hard a fall of the chosen answer's probability is punished, 5 to 50")
+    precompute_ref: bool = arg(False, "ask the reference once, before training, and keep its answers in --ref_cache: one model less in memory")
+    ref_cache: str = arg("out/reference", "where --precompute_ref keeps files, named by a hash of weights, pairs and type: one serves all --beta and --loss")
+    pair_curriculum: float = arg(0.0, "k: at time t (0..1) of the run a share k t of the pairs is from the hard half; 0 = all alike")
     # the run
     max_steps: int = arg(0, "length of the run and of the schedule; 0 = --epochs says it", unit="updates")
     epochs: float = arg(1.0, "passes over the data, unless --max_steps is given")
@@ -55,6 +64,7 @@ class Config:
     parallel: str = arg("ddp", "several ranks: ddp (each holds all), fsdp (each holds a part), none (refuse)")
     tp: int = arg(1, "tensor parallelism: so many ranks share each matrix", least=1)
     activation_checkpointing: bool = arg(False, "keep only the blocks' inputs and compute the rest again: less memory, a third more time")
+    share_prompt: bool = arg(True, "read a prompt once for both answers where that is less work")
     compile: bool = arg(False, "torch.compile; falls back with one line if there is no compiler")
     seed: int = arg(0, "data order")
     eval_every: int = arg(100, "validation", unit="updates", least=1)
@@ -76,40 +86,45 @@ class Config:
     sample_prompts: list = arg([], "questions to answer greedily at each evaluation; none = the first validation questions")
 
 
-def preference_loss(model, reference, inputs, targets, beta, nll_weight=0.0):
+def preference_loss(model, reference, cfg, inputs, targets, prompts=None, ref_logps=None, desirable=None, nll_weight=0.0, share=0.5):
     """inputs, targets (2B, T): chosen rows first, then rejected, in one forward pass. (sum, count, metrics).
 
-    reference is a frozen copy, or None with LoRA: the policy with its adapters switched off is the reference.
+    prompts (B, P) or None: what both go on from, read once (pairs.py). reference: a frozen model, or None with LoRA, where the
+    policy with its adapters switched off is the reference; not asked if its log-probabilities ref_logps (2B,) are known.
     nll_weight * (sum of -log pi over the chosen answers) is added: DPO sees only the difference of the two sides, and
-    may lower both (RPO, Pang et al. 2024, eq. 2)."""
-    segments = mark_prefix(model, None, targets)                               # None unless the policy is a prefix-LM
-    head = lambda h, output: linear_sequence_logps(h, output, targets)
-    logps, counts = model(inputs, segments, head=head)                         # (2B,) sums over the answer's tokens
-    with torch.no_grad():
-        if reference is None:
-            with peft.disable_adapter(model):
-                ref_logps, _ = model(inputs, segments, head=head)
-        else:
-            ref_logps, _ = reference(inputs, segments, head=head)
-    loss, count, metrics = dpo_loss(logps, ref_logps, counts, beta)
+    may lower both (RPO, Pang et al. 2024, eq. 2). KTO: desirable (B,), see kto_loss."""
+    if ref_logps is None and cfg.loss not in REFERENCE_FREE:
+        ref_logps = pairs.reference_logps(model, reference, inputs, targets, prompts)
+    if cfg.loss == "kto":
+        B = len(desirable)
+        logps, counts = pairs.answer_logps(model, inputs[:B], targets[:B], prompts)
+        with torch.no_grad():                                # answers to other questions measure the distance, and teach nothing
+            others, _ = pairs.answer_logps(model, inputs[B:], targets[B:], prompts)
+        return kto_loss(logps, others, ref_logps, counts, desirable, cfg.beta, (cfg.desirable_weight, cfg.undesirable_weight), share)
+    logps, counts = pairs.answer_logps(model, inputs, targets, prompts)        # (2B,) sums over the answer's tokens
+    loss, count, metrics = dpo_loss(logps, ref_logps, counts, cfg.beta, cfg.loss, cfg.label_smoothing, cfg.simpo_gamma, cfg.dpop)
     return loss - nll_weight * logps.chunk(2)[0].sum(), count, metrics
 
 
 @torch.no_grad()
 def validate(model, reference, val, ctx, autocast, cfg):
     """Loss, accuracy, margin and both log-probabilities on held-out pairs, batches spread over the ranks."""
-    total, sums = torch.zeros(3, device=ctx.device), {}
+    total, sums = torch.zeros(2, device=ctx.device), {}
+    share = 0.5 if val.desirable is None else float(val.desirable.double().mean())
     batches = [range(i, min(i + cfg.batch_size, len(val))) for i in range(0, len(val), cfg.batch_size)]
     for batch in ctx.share(batches):
-        inputs, targets = ctx.to(val.batch(batch))
         with autocast():
-            loss, count, metrics = preference_loss(model, reference, inputs, targets, cfg.beta)
-        total += torch.stack([loss, count, (targets.chunk(2)[0] != IGNORE_INDEX).sum()])
+            loss, count, metrics = preference_loss(model, reference, cfg, *ctx.to(val.batch(batch)), share=share)
+        total += torch.stack([loss, count])
         sums = {k: sums.get(k, 0) + v for k, v in metrics.items()}
-    loss, count, chosen_tokens = ctx.sum(total).tolist()
-    sums = {k: float(ctx.sum(v)) for k, v in sums.items()}
-    nll = -sums["chosen_logp"] / max(chosen_tokens, 1)
-    return {"val/loss": loss / count + cfg.rpo_alpha * nll} | {f"val/{k}": v / count for k, v in sums.items()}
+    (loss, count), means = ctx.sum(total).tolist(), {k: float(ctx.sum(v)) for k, v in sums.items()}
+    nll = -means["chosen_logp"] / max(means["chosen_tokens"], 1)
+    return {"val/loss": loss / count + nll_alpha(cfg) * nll} | {f"val/{k}": v / count for k, v in means.items()}
+
+
+def nll_alpha(cfg):
+    """ORPO is its odds ratio beside the chosen answers' cross-entropy; the other kinds add that only for --rpo_alpha."""
+    return 1.0 if cfg.loss == "orpo" else cfg.rpo_alpha
 
 
 def main(cfg):
@@ -119,18 +134,33 @@ def main(cfg):
     autocast = lambda: dist.autocast(ctx.device, dtype)
     torch.manual_seed(cfg.seed + ctx.rank)                   # ranks draw different dropout masks
     # [/shared]
-    raw, tokenizer, _ = checkpoint.load(cfg.init_from, ctx.device, expect="lm")
+    pairs.check(cfg)
+    raw, tokenizer, _ = checkpoint.load(cfg.init_from, ctx.device, expect="chat")
     T = cfg.max_seq_len or raw.args.max_seq_len
     if T > raw.args.max_seq_len:
         raise UserError(f"--max_seq_len {T} is longer than the model's context of {raw.args.max_seq_len}")
-    reference = None if cfg.peft else copy.deepcopy(raw).requires_grad_(False)
     # [shared:adapter]
     if cfg.peft not in ("", "lora"):
         raise UserError(f"--peft {cfg.peft} is unknown; use lora, or leave it out to train all weights")
     # [/shared]
-    if cfg.peft:
+    reference, before = raw, 0.0
+    if cfg.reference:
+        reference, its_tokenizer, _ = checkpoint.load(cfg.reference, ctx.device, expect="lm")
+        if its_tokenizer.hash != tokenizer.hash or reference.args != raw.args:
+            raise UserError(f"--reference {cfg.reference} has another tokenizer or shape than --init_from {cfg.init_from}; use a relative of it")
+    share = cfg.share_prompt and cfg.loss != "kto" and pairs.can_share(raw, cfg)      # kto's second answer is not read with the first
+    train, val = PreferenceRows.load(cfg, tokenizer, T, labelled=cfg.loss == "kto", cut_answers=True, share=share)
+    if cfg.loss in REFERENCE_FREE:                           # what the chosen answers' probability is compared with later
+        before = validate(raw, None, val, ctx, autocast, cfg)["val/chosen_logp"]
+    elif cfg.precompute_ref or cfg.pair_curriculum:
+        for rows in (train, val):
+            pairs.precompute(reference, rows, ctx, autocast, dtype, cfg.batch_size, cfg.ref_cache)
+    if cfg.loss in REFERENCE_FREE or train.ref_logps is not None or cfg.peft and not cfg.reference:
+        reference = None                                     # not asked; or, with adapters, the base that they stand beside
+    elif reference is raw:
+        reference = copy.deepcopy(raw).requires_grad_(False)
+    if cfg.peft:                                             # on top of --init_from, whose own adapter is merged: the reference has it too
         peft.inject_lora(raw, cfg.lora_rank, cfg.lora_alpha, 0.0, cfg.lora_targets)
-    train, val = PreferenceRows.load(cfg, tokenizer, T)
 
     # [shared:engine]
     epochs = 0.0 if cfg.max_steps else cfg.epochs
@@ -148,16 +178,25 @@ def main(cfg):
     log = Logger(cfg.out_dir, ctx.main, at, max_steps, cfg.tensorboard)
     guard = Guard(ctx, log, sampler, cfg.log_every)
     # [/shared]
+    if cfg.pair_curriculum:
+        total = sampler.total or max_steps * sampler.rows_per_step
+        sampler.order = pairs.PairCurriculum(pairs.easiest_first(train), cfg.seed, total, cfg.pair_curriculum)
     sampler.order = ByLength(sampler, train.lengths(), cfg.seed)          # half of a batch of chance neighbours is padding
     model.eval()                                             # dropout off: noise in the margin, and policy != reference
     print(f"{parameter_count(raw)['total']:,} parameters, {sum(p.numel() for p in raw.parameters() if p.requires_grad):,} trained "
           f"| {dtype} on {ctx.device}, {ctx.world_size} rank(s)\n{len(train):,} pairs | {sampler.rows_per_step} pairs an update "
-          f"| {max_steps} updates | expected first loss ln 2 = 0.6931" + (" + rpo_alpha * NLL" if cfg.rpo_alpha else ""), flush=True)
+          f"| {max_steps} updates | {cfg.loss}" + (" | expected first loss ln 2 = 0.6931" if cfg.loss == "sigmoid" else "")
+          + (" + rpo_alpha * NLL" if cfg.rpo_alpha else ""), flush=True)
 
     prompts = cfg.sample_prompts or val.questions[:3]
 
     def evaluate():
         metrics = validate(model, reference, val, ctx, autocast, cfg)
+        start = before or metrics["val/chosen_logp"] - metrics["val/chosen_reward"] / cfg.beta       # log pi_ref(chosen)
+        metrics["val/chosen_fall"] = (start - metrics["val/chosen_logp"]) / max(abs(start), 1e-9)
+        if metrics["val/chosen_fall"] > 0.05:
+            print(f"warning: the chosen answers' log-probability is {metrics['val/chosen_fall']:.0%} below the reference's: the loss sees only the "
+                  f"distance to the rejected ones; add --rpo_alpha 0.2 or --dpop 5, or lower --learning_rate (docs/dpo.md)", flush=True)
         with autocast():                                     # under fsdp the blocks' weights are gathered in half precision
             return metrics | {"samples": evaluation.sample_prompts(raw, tokenizer, prompts, STAGE)}
 
@@ -187,15 +226,16 @@ def main(cfg):
             group["lr"] = lr * group["lr_scale"]
         # [/shared]
         batches = fetch(at.step)
-        count = ctx.sum(sum((targets != IGNORE_INDEX).any(1).sum() for _, targets in batches) // 2)     # pairs on all ranks
-        chosen_tokens = ctx.sum(sum((targets.chunk(2)[0] != IGNORE_INDEX).sum() for _, targets in batches))
-        nll_weight = cfg.rpo_alpha * count / chosen_tokens.clamp(min=1)      # a mean over tokens beside DPO's mean over pairs
-        at.tokens += int(ctx.sum(sum((inputs != tokenizer.pad_id).sum() for inputs, _ in batches)))
+        count = ctx.sum(sum((targets != IGNORE_INDEX).any(1).sum() for _, targets, *_ in batches) // 2)     # pairs on all ranks
+        chosen_tokens = ctx.sum(sum((targets.chunk(2)[0] != IGNORE_INDEX).sum() for _, targets, *_ in batches))
+        nll_weight = nll_alpha(cfg) * count / chosen_tokens.clamp(min=1)     # a mean over tokens beside DPO's mean over pairs
+        desirable = ctx.sum(sum(batch[4].sum() for batch in batches)) / count if cfg.loss == "kto" else 0.5
+        at.tokens += int(ctx.sum(sum((inputs != tokenizer.pad_id).sum() + pairs.spared(prompts) for inputs, _, prompts, *_ in batches)))
         loss, metrics = torch.zeros((), device=ctx.device), {}
         for micro_step, batch in enumerate(batches):
             model.sync = micro_step == len(batches) - 1      # gradients travel once an update, with the last micro-batch
             with autocast():
-                loss_sum, _, m = preference_loss(model, reference, *ctx.to(batch), cfg.beta, nll_weight)
+                loss_sum, _, m = preference_loss(model, reference, cfg, *ctx.to(batch), nll_weight=nll_weight, share=desirable)
             scaler.scale(loss_sum / count * ctx.world_size).backward()     # * world_size: DDP averages over ranks
             loss += loss_sum.detach()
             metrics = {k: metrics.get(k, 0) + v for k, v in m.items()}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from nanollm import checkpoint, curriculum, dist, evaluation
+from nanollm import checkpoint, curriculum, dist, distill, evaluation
 from nanollm.config import UserError, arg, run
 from nanollm.data import Ahead, Joined, TokenFile, tokenizer_of
 from nanollm.log import Logger
@@ -88,12 +88,20 @@ class Config:
     rollback: int = arg(0, "after 20 bad updates in a row go back so many and on at --rollback_lr; 0 = stop", unit="updates")
     rollback_lr: float = arg(0.1, "factor of the rate after a rollback, until it is as far behind")
     tensorboard: bool = arg(False, "also write OUT/tensorboard (extra: tensorboard)")
+    # distillation (docs/distillation.md)
+    teacher: str = arg("", "a checkpoint of the same tokenizer: learn its whole distribution beside the text")
+    kd_alpha: float = arg(0.5, "loss = alpha * cross-entropy + (1 - alpha) * T^2 * divergence from the teacher; 1 = no teacher")
+    kd_temperature: float = arg(1.0, "T: both distributions are softmax(logits / T); above 1 the unlikely tokens count more")
+    kd_kind: str = arg("forward", "forward: KL(teacher || student), reverse: KL(student || teacher), jsd: their middle")
+    kd_cache: str = arg("", "a directory: ask the teacher once about each row and keep its --kd_top_k likeliest tokens there")
+    kd_top_k: int = arg(32, "tokens a place that --kd_cache keeps, and the mass of all others; the vocabulary's size = exact", least=1)
     sample_prompts: list = arg([], "texts to complete greedily at each evaluation; none = openings of validation documents")
 
 
-def pretrain_loss(model, inputs, targets, segments):
+def pretrain_loss(model, inputs, targets, segments, teacher=None):
     """Cross-entropy of every next token, in nats: (sum, count, metrics). Untrained it is ln(vocab_size) a token."""
-    loss = model(inputs, segments, head=lambda h, output: linear_cross_entropy(h, output.weight, targets))
+    head = teacher.head(inputs, targets, segments) if teacher else lambda h, output: linear_cross_entropy(h, output.weight, targets)
+    loss = model(inputs, segments, head=head)
     return add_balance(model, *loss)                         # for a mixture of experts: that all are used
 
 
@@ -152,6 +160,7 @@ def main(cfg):
     T = raw.args.max_seq_len
     folders = [below if (below := Path(cfg.data, name)).is_dir() else Path(name) for name in sources_of(phases)] or [cfg.data]
     train, val = (Joined([TokenFile(folder, split, T, cfg.rows, tokenizer.hash) for folder in folders]) for split in ("train", "val"))
+    teacher = distill.load_teacher(cfg, tokenizer, train, T, ctx, autocast)
 
     # [shared:engine]
     epochs = 0.0 if cfg.max_steps else cfg.epochs
@@ -220,7 +229,7 @@ def main(cfg):
         for micro_step, batch in enumerate(batches):
             model.sync = micro_step == len(batches) - 1      # gradients travel once an update, with the last micro-batch
             with autocast():
-                loss_sum, _, m = pretrain_loss(model, *ctx.to(batch))
+                loss_sum, _, m = pretrain_loss(model, *ctx.to(batch), teacher)
             scaler.scale(loss_sum / count * ctx.world_size).backward()     # * world_size: DDP averages over ranks
             loss += loss_sum.detach()
             metrics = {k: metrics.get(k, 0) + v for k, v in m.items()}

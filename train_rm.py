@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
-from nanollm import checkpoint, dist
+from nanollm import checkpoint, dist, evaluation, pairs
 from nanollm.config import UserError, arg, run
 from nanollm.data import Ahead, PreferenceRows
 from nanollm.log import Logger
-from nanollm.losses import reward_loss
+from nanollm.losses import divergence_loss, reward_loss
 from nanollm.mixture import ByLength
 from nanollm.model import parameter_count
 from nanollm.optim import Guard, get_lr, make_optimizer, update
@@ -33,6 +33,9 @@ class Config:
     resume: str = arg("", "auto: go on from the newest checkpoint in out_dir if there is one; or a checkpoint's path")
     override_schedule: bool = arg(False, "allow --resume with other max_steps or learning-rate options")
     max_seq_len: int = arg(0, "longest row; 0 = the model's context", unit="tokens")
+    loss: str = arg("bt_last", "bt_last: compare the scores at the end; divergence: at every token from the first different one on (the notes')")
+    exact: bool = arg(False, "with divergence: as DeepSpeed-Chat has it, padding and identical pairs included")
+    margin: float = arg(0.0, "how far apart two scores should be at least, for rows that bring no margin of their own")
     center: float = arg(0.0, "pulls the sum of a pair's scores to 0 (0.01 is usual): only differences are determined otherwise")
     # the run
     max_steps: int = arg(0, "length of the run and of the schedule; 0 = --epochs says it", unit="updates")
@@ -53,6 +56,7 @@ class Config:
     parallel: str = arg("ddp", "several ranks: ddp (each holds all), fsdp (each holds a part), none (refuse)")
     tp: int = arg(1, "tensor parallelism: so many ranks share each matrix", least=1)
     activation_checkpointing: bool = arg(False, "keep only the blocks' inputs and compute the rest again: less memory, a third more time")
+    share_prompt: bool = arg(True, "read a prompt once for both answers where that is less work")
     compile: bool = arg(False, "torch.compile; falls back with one line if there is no compiler")
     seed: int = arg(0, "data order")
     eval_every: int = arg(100, "validation", unit="updates", least=1)
@@ -67,26 +71,33 @@ class Config:
     max_bad: float = arg(0.1, "largest share of unusable rows before the run refuses to start")
 
 
-def pair_loss(model, ids, lengths, center):
-    """Bradley-Terry over a batch of pairs: ids (2B, T), chosen first; lengths (2B,). (sum, count, metrics)."""
-    return reward_loss(model(ids), lengths, center)
+def pair_loss(model, cfg, ids, lengths, prompts=None, margins=0.0):
+    """Bradley-Terry over a batch of pairs: ids (2B, T), chosen first; lengths (2B,); margins (B,). (sum, count, metrics).
+    prompts (B, P) or None: what both answers go on from, read once (pairs.py)."""
+    return loss_of(cfg, pairs.scores(model, ids, prompts), ids, lengths, margins)
+
+
+def loss_of(cfg, rewards, ids, lengths, margins):
+    """The loss of rewards (2B, T), which --loss names."""
+    if cfg.loss == "divergence":
+        return divergence_loss(rewards, ids, lengths, cfg.exact)
+    return reward_loss(rewards, lengths, cfg.center, margins)
 
 
 @torch.no_grad()
 def validate(model, val, ctx, autocast, cfg):
-    """Loss, accuracy (strict: a tie is a miss), mean scores, and what always preferring the longer answer would score."""
-    total, sums = torch.zeros(2, device=ctx.device), {}
+    """The training loss on held-out pairs, batches spread over the ranks, and what reward_report says of all their scores."""
+    total, table = torch.zeros(2, device=ctx.device), torch.zeros(len(val), 4, dtype=torch.float64)
     batches = [range(i, min(i + cfg.batch_size, len(val))) for i in range(0, len(val), cfg.batch_size)]
     for batch in ctx.share(batches):
-        ids, lengths = ctx.to(val.scored_batch(batch))
+        ids, lengths, prompts, margins = ctx.to(val.scored_batch(batch, cfg.margin))
         with autocast():
-            loss, count, metrics = pair_loss(model, ids, lengths, cfg.center)
-        chosen, rejected = lengths.chunk(2)
-        metrics["longer_wins"] = (chosen > rejected).sum()
+            rewards = pairs.scores(model, ids, prompts)
+            loss, count, _ = loss_of(cfg, rewards, ids, lengths, margins)
         total += torch.stack([loss, count])
-        sums = {k: sums.get(k, 0) + v for k, v in metrics.items()}
-    loss, count = ctx.sum(total).tolist()
-    return {"val/loss": loss / count} | {f"val/{k}": float(ctx.sum(v)) / count for k, v in sums.items()}
+        table[list(batch)] = evaluation.score_table(rewards, lengths)[: len(batch)]
+    (loss, count), report = ctx.sum(total).tolist(), evaluation.reward_report(ctx.sum(table))      # each row was filled by one rank
+    return {"val/loss": loss / count} | {f"val/{k}": v for k, v in report.items()}
 
 
 def main(cfg):
@@ -96,13 +107,18 @@ def main(cfg):
     autocast = lambda: dist.autocast(ctx.device, dtype)
     torch.manual_seed(cfg.seed + ctx.rank)                   # ranks draw different dropout masks
     # [/shared]
-    lm, tokenizer, _ = checkpoint.load(cfg.init_from, expect="lm")
+    lm, tokenizer, _ = checkpoint.load(cfg.init_from, expect="chat")
     T = cfg.max_seq_len or lm.args.max_seq_len
     if T > lm.args.max_seq_len:
         raise UserError(f"--max_seq_len {T} is longer than the model's context of {lm.args.max_seq_len}")
     raw = build(lm.args, "reward").to(ctx.device)
     raw.backbone.load_state_dict({k: v for k, v in lm.state_dict().items() if k != "output.weight"})
-    train, val = PreferenceRows.load(cfg, tokenizer, T)
+    if cfg.loss not in ("bt_last", "divergence") or cfg.exact and cfg.loss != "divergence":
+        raise UserError(f"--loss {cfg.loss}: use bt_last or divergence; --exact belongs to divergence")
+    if cfg.loss == "divergence" and (cfg.center or cfg.margin):
+        raise UserError("--loss divergence knows no --center and no --margin; use --loss bt_last")
+    share = cfg.share_prompt and pairs.can_share(raw, cfg)
+    train, val = PreferenceRows.load(cfg, tokenizer, T, share=share)
 
     # [shared:engine]
     epochs = 0.0 if cfg.max_steps else cfg.epochs
@@ -126,9 +142,11 @@ def main(cfg):
           f"{len(train):,} pairs | {sampler.rows_per_step} pairs an update | {max_steps} updates", flush=True)
 
     def evaluate():
-        return validate(model, val, ctx, autocast, cfg)
+        metrics = validate(model, val, ctx, autocast, cfg)
+        saver.scores = {"mean": metrics["val/score_mean"], "std": metrics["val/score_std"]}      # what a raw score is measured by
+        return metrics
 
-    fetch = Ahead(lambda step: [train.scored_batch(rows) for rows in sampler.micro_batches(step)], ctx)
+    fetch = Ahead(lambda step: [train.scored_batch(rows, cfg.margin) for rows in sampler.micro_batches(step)], ctx)
 
     while True:
         # [shared:evaluate_and_save]
@@ -154,13 +172,13 @@ def main(cfg):
             group["lr"] = lr * group["lr_scale"]
         # [/shared]
         batches = fetch(at.step)
-        count = ctx.sum(sum((lengths > 0).sum() for _, lengths in batches) // 2)            # pairs on all ranks
-        at.tokens += int(ctx.sum(sum(lengths.sum() for _, lengths in batches)))
+        count = ctx.sum(sum((lengths > 0).sum() for _, lengths, *_ in batches) // 2)        # pairs on all ranks
+        at.tokens += int(ctx.sum(sum(lengths.sum() + pairs.spared(prompts) for _, lengths, prompts, _ in batches)))
         loss, metrics = torch.zeros((), device=ctx.device), {}
         for micro_step, batch in enumerate(batches):
             model.sync = micro_step == len(batches) - 1      # gradients travel once an update, with the last micro-batch
             with autocast():
-                loss_sum, _, m = pair_loss(model, *ctx.to(batch), cfg.center)
+                loss_sum, _, m = pair_loss(model, cfg, *ctx.to(batch))
             scaler.scale(loss_sum / count * ctx.world_size).backward()     # * world_size: DDP averages over ranks
             loss += loss_sum.detach()
             metrics = {k: metrics.get(k, 0) + v for k, v in m.items()}

@@ -2,6 +2,7 @@
 
     python train_sft.py --config configs/demo/sft.toml
     python train_sft.py --init_from out/pretrain --data chats.jsonl --val_data chats_val.jsonl
+    python train_sft.py --data ours.jsonl:0.8 general.jsonl:0.2 --inspect 2                   look at two rows, train nothing
     torchrun --standalone --nproc_per_node=4 train_sft.py --gradient_accumulation_steps 4      four GPUs
 
 Rows: OpenAI messages, ShareGPT, Firefly, alpaca, prompt/completion, prompt/answer. The loss covers what the assistant
@@ -12,20 +13,22 @@ from dataclasses import dataclass
 
 import torch
 
-from nanollm import checkpoint, dist, evaluation, peft
+from nanollm import checkpoint, dist, distill, evaluation, peft
 from nanollm.config import UserError, arg, run
 from nanollm.data import Ahead, ChatRows
 from nanollm.log import Logger
 from nanollm.losses import IGNORE_INDEX, linear_cross_entropy
+from nanollm.mixture import ByLength, Mixture
 from nanollm.model import parameter_count
 from nanollm.optim import Guard, get_lr, make_optimizer, update
 from nanollm.sampler import Sampler
+from nanollm.tokenizer import TEMPLATES
 from nanollm.variants import add_balance, mark_prefix
 
 
 @dataclass
 class Config:
-    data: list = arg(["out/demo/raw/chat_train.jsonl"], "chat files: .jsonl, .json, .parquet")
+    data: list = arg(["out/demo/raw/chat_train.jsonl"], "chat files: .jsonl, .json, .parquet; FILE:WEIGHT for each mixes them by share of rows")
     val_data: list = arg([], "held-out chats; none = hold out --val_fraction of data")
     val_fraction: float = arg(0.05, "share of the rows held out when there is no val_data")
     init_from: str = arg("out/demo/pretrain", "the pretrained model; shape and tokenizer come from it")
@@ -34,6 +37,10 @@ class Config:
     override_schedule: bool = arg(False, "allow --resume with other max_steps or learning-rate options")
     max_seq_len: int = arg(0, "longest row; 0 = the model's context", unit="tokens")
     pack: bool = arg(True, "several short chats in one row, kept apart by a block-diagonal mask")
+    truncate: str = arg("turn", "a chat that is too long: turn = loses late exchanges, then the start of its question; keep_start = its end, as trl")
+    format: str = arg("", "chatml, bos (question <bos> answer <eos>) or raw (question answer <eos>); empty = the model's own, at first chatml")
+    alpaca_prompt: bool = arg(False, "alpaca rows in the words of Stanford Alpaca's prompt")
+    inspect: int = arg(0, "print so many rows token by token with id and mask, and stop")
     # the run
     max_steps: int = arg(0, "length of the run and of the schedule; 0 = --epochs says it", unit="updates")
     epochs: float = arg(2.0, "passes over the data, unless --max_steps is given")
@@ -73,14 +80,22 @@ class Config:
     lora_dropout: float = arg(0.0, "dropout on the adapter's input")
     lora_targets: list = arg(["wq", "wk", "wv", "wo", "w1", "w2", "w3"], "which matrices")
     merge_on_save: bool = arg(False, "also write OUT/merged: base and adapter as one plain model")
+    # distillation (docs/distillation.md)
+    teacher: str = arg("", "a checkpoint of the same tokenizer: learn its whole distribution beside the text")
+    kd_alpha: float = arg(0.5, "loss = alpha * cross-entropy + (1 - alpha) * T^2 * divergence from the teacher; 1 = no teacher")
+    kd_temperature: float = arg(1.0, "T: both distributions are softmax(logits / T); above 1 the unlikely tokens count more")
+    kd_kind: str = arg("forward", "forward: KL(teacher || student), reverse: KL(student || teacher), jsd: their middle")
+    kd_cache: str = arg("", "a directory: ask the teacher once about each row and keep its --kd_top_k likeliest tokens there")
+    kd_top_k: int = arg(32, "tokens a place that --kd_cache keeps, and the mass of all others; the vocabulary's size = exact", least=1)
     sample_prompts: list = arg([], "questions to answer greedily at each evaluation; none = the first validation questions")
 
 
-def sft_loss(model, inputs, targets, segments):
+def sft_loss(model, inputs, targets, segments, teacher=None):
     """Cross-entropy on the assistant's tokens: the mask lives in targets, where all else is IGNORE_INDEX.
     (sum, count, metrics)."""
+    head = teacher.head(inputs, targets, segments) if teacher else lambda h, output: linear_cross_entropy(h, output.weight, targets)
     segments = mark_prefix(model, segments, targets)         # for a prefix-LM: the prompt reads itself in both directions
-    loss = model(inputs, segments, head=lambda h, output: linear_cross_entropy(h, output.weight, targets))
+    loss = model(inputs, segments, head=head)
     return add_balance(model, *loss)                         # for a mixture of experts: that all are used
 
 
@@ -115,9 +130,19 @@ def main(cfg):
     if cfg.peft not in ("", "lora"):
         raise UserError(f"--peft {cfg.peft} is unknown; use lora, or leave it out to train all weights")
     # [/shared]
+    if cfg.format not in ("", *TEMPLATES):
+        raise UserError(f"--format {cfg.format} is unknown; use one of {', '.join(TEMPLATES)}")
+    tokenizer.template = cfg.format or tokenizer.template    # saved with the model: chat, RM, DPO and export speak it from here on
     if cfg.peft:
+        if not checkpoint.knows_chat(raw, tokenizer):
+            print(f"note: {cfg.init_from} has never seen the chat tokens, and adapters leave their embeddings as they are: it may never learn "
+                  f"to stop. Train all weights first (no --peft), or use --format raw, whose end it knows", flush=True)
         peft.inject_lora(raw, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets)
     train, val = ChatRows.load(cfg, tokenizer, T)
+    if cfg.inspect:
+        train.inspect(tokenizer, cfg.inspect if ctx.main else 0)
+        return dist.finish(ctx)
+    teacher = distill.load_teacher(cfg, tokenizer, train, T, ctx, autocast)
 
     # [shared:engine]
     epochs = 0.0 if cfg.max_steps else cfg.epochs
@@ -135,6 +160,11 @@ def main(cfg):
     log = Logger(cfg.out_dir, ctx.main, at, max_steps, cfg.tensorboard)
     guard = Guard(ctx, log, sampler, cfg.log_every)
     # [/shared]
+    if train.weights:
+        sampler.order = Mixture(train.sizes, [(1.0, train.weights)], sampler.total or max_steps * sampler.rows_per_step, cfg.seed, block=256)
+        print("\n".join(sampler.order.report(sampler.rows_per_step)), flush=True)
+    if not cfg.pack:                                         # the rows of an update, the short ones in one micro-batch: less padding, the same update
+        sampler.order = ByLength(sampler, train.lengths(), cfg.seed, window=1)
     print(f"{parameter_count(raw)['total']:,} parameters, {sum(p.numel() for p in raw.parameters() if p.requires_grad):,} trained "
           f"| {dtype} on {ctx.device}, {ctx.world_size} rank(s)\n{len(train.examples):,} chats in {len(train):,} rows, "
           f"{train.n_supervised:,} supervised tokens | {sampler.rows_per_step} rows an update | {max_steps} updates", flush=True)
@@ -180,7 +210,7 @@ def main(cfg):
         for micro_step, batch in enumerate(batches):
             model.sync = micro_step == len(batches) - 1      # gradients travel once an update, with the last micro-batch
             with autocast():
-                loss_sum, _, m = sft_loss(model, *ctx.to(batch))
+                loss_sum, _, m = sft_loss(model, *ctx.to(batch), teacher)
             scaler.scale(loss_sum / count * ctx.world_size).backward()     # * world_size: DDP averages over ranks
             loss += loss_sum.detach()
             metrics = {k: metrics.get(k, 0) + v for k, v in m.items()}

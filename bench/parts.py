@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 
 from nanollm import env, model
+from nanollm.by_hand import ONEDNN
 from nanollm.config import UserError, arg, run
 from nanollm.losses import cross_entropy, linear_cross_entropy
-from nanollm.model import ONEDNN, ModelArgs, RMSNorm, Transformer, apply_rope, rope_table, swiglu
+from nanollm.model import ModelArgs, RMSNorm, Transformer, apply_rope, rope_table, swiglu
 from nanollm.plan import kept_by_autograd
 
 

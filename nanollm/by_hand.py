@@ -15,11 +15,26 @@ def by_hand(x):
     return plain and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
 
 
+class Nothing:
+    """In place of autograd's ctx: keeps nothing."""
+    save_for_backward = staticmethod(lambda *tensors: None)
+
+
+def step(function, *args):
+    """One of the functions below. Without gradients its forward alone: autograd's bookkeeping takes longer than the arithmetic of one token."""
+    return function.apply(*args) if torch.is_grad_enabled() else function.forward(Nothing, *args)
+
+
+def worth_onednn(a, b):
+    """PyTorch's CPU build brings two matrix libraries and sends fp32 to MKL. oneDNN is faster for a b^T with a large a, and for few
+    rows against a large b, which is reading b: a text that is being written (docs/speed.md)."""
+    return bool(ONEDNN) and (a.numel() >= 2**18 or b.numel() >= 2**18 and a.numel() <= 64 * a.size(-1))
+
+
 def product(a, b):
-    """a b^T. PyTorch's CPU build brings two matrix libraries and sends fp32 to MKL; oneDNN is the faster one where MKL does not use
-    all of the processor (docs/speed.md), but for small ones. ONEDNN(a, b, bias, activation, its numbers, its name) is
-    act(a b^T + bias); here both are left out: None, "none", [], ""."""
-    return ONEDNN(a, b, None, "none", [], "") if ONEDNN and a.numel() >= 2**18 else a @ b.t()
+    """a b^T by the faster library. ONEDNN(a, b, bias, activation, its numbers, its name) is act(a b^T + bias); here both are left
+    out: None, "none", [], ""."""
+    return ONEDNN(a, b, None, "none", [], "") if worth_onednn(a, b) else a @ b.t()
 
 
 class RMSNormByHand(torch.autograd.Function):

@@ -188,17 +188,32 @@ def read(path, name):
         raise UserError(f"cannot read {path / name}: {type(e).__name__}; the file is damaged, use another checkpoint") from None
 
 
+@torch.no_grad()
+def knows_chat(model, tokenizer):
+    """Has this language model learnt to end a turn? A token that no training text holds, like <|pad|>, gets no gradient of its own, only
+    the softmax's push away from every hidden state, the same for all such tokens: their output rows become parallel (cosine of the end's
+    and <|pad|>'s: 1.000 after the demo's pretraining, 0.80 after its SFT, about 0 with random weights). A gentle SFT turns the row by
+    little: then where an answer ends the end must be likelier than <|pad|> (by 0.0 nats after pretraining, 1.1 after 200 updates at 5e-5)."""
+    end, pad = model.output.weight.detach()[[tokenizer.end_id, tokenizer.pad_id]].float()
+    ids, mask = tokenizers.render(tokenizer, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}])
+    asked = ids[: ids.index(tokenizer.end_id, mask.index(1))][-model.args.max_seq_len :]
+    logits = model(torch.tensor([asked], device=end.device))[0, -1]
+    apart = torch.cosine_similarity(end, pad, dim=0) < 0.99               # 0 beside a row of zeros, as imported models may have
+    return bool(apart or logits[tokenizer.end_id] - logits[tokenizer.pad_id] > 0.5)
+
+
 def load(path, device="cpu", expect=None, variants=()):
     """(model, tokenizer, meta) of the checkpoint or run directory at `path`; the model plain (a LoRA adapter is merged)
     and in eval mode.
 
-    expect: "lm" or "reward" refuses the other head in one sentence. variants: more than it was trained with, such as have no
-    weights (docs/variants.md). Strict: every tensor must match by name and shape.
+    expect: "lm" or "reward" refuses the other head in one sentence, "chat" also a language model that has not been taught to
+    end its turn. variants: more than it was trained with, such as have no weights (docs/variants.md). Strict: every tensor must
+    match by name and shape.
     """
     path = find(path, skip="training")                       # the largest part, and not read here
     meta = meta_of(path)
-    if expect and meta["head"] != expect:
-        kind = {"lm": "a language model", "reward": "a reward model"}
+    if expect and meta["head"] != expect.replace("chat", "lm"):
+        kind = {"lm": "a language model", "reward": "a reward model", "chat": "a language model"}
         raise UserError(f"{path} is {kind[meta['head']]} ({meta['stage']}), but this needs {kind[expect]}")
     tokenizer = tokenizers.load(path / "tokenizer")
     if tokenizer.hash != meta["tokenizer_hash"]:
@@ -216,6 +231,8 @@ def load(path, device="cpu", expect=None, variants=()):
         raise UserError(f"{path}: the weights do not fit the model that meta.json describes{extra}: {str(e).splitlines()[-1].strip()[:120]}") from None
     if meta.get("lora"):
         peft.merge_lora(model)
+    if expect == "chat" and not knows_chat(model.eval(), tokenizer):
+        raise UserError(f"{path} ({meta['stage']}) has never seen the chat tokens: its answers would not end; train it with train_sft.py first")
     return model.to(device).eval(), tokenizer, meta
 
 
@@ -251,7 +268,7 @@ class Progress:
 SCHEDULE = {"max_steps", "epochs", "learning_rate", "min_lr", "warmup_steps", "schedule", "decay_factor", "muon_lr"}
 FREE = {"out_dir", "resume", "override_schedule", "eval_every", "save_every", "log_every", "keep", "device", "compile", "eval_batches", "max_bad",
         "sample_prompts", "merge_on_save", "parallel", "tp", "activation_checkpointing", "tensorboard", "patience", "milestones", "rollback",
-        "rollback_lr"}
+        "rollback_lr", "ref_cache", "share_prompt"}
 
 
 class Saver:
@@ -260,10 +277,24 @@ class Saver:
     def __init__(self, cfg, ctx, model, optimizer, scaler, tokenizer, stage):
         self.cfg, self.ctx, self.model, self.optimizer, self.scaler, self.tokenizer, self.stage = cfg, ctx, model, optimizer, scaler, tokenizer, stage
         self.out_dir, self.step = Path(cfg.out_dir), -1                                  # step: of the checkpoint last saved or loaded
+        self.also, self.loaded = {}, {}
+        self.scores = None                                    # a reward model's {"mean", "std"} on held-out answers, told in meta.json
         try:
             self.milestones = {int(step) for step in cfg.milestones}
         except ValueError:
             raise UserError(f"--milestones {' '.join(cfg.milestones)}: wants numbers of updates, as in --milestones 1 2 4 8 16") from None
+
+    def include(self, **also):
+        """More that has a state_dict (PPO's critic, its optimizer): saved with the rest from now on, and restored, now if this run goes on."""
+        self.also = also
+        self.restore()
+
+    def restore(self):
+        for name, thing in self.also.items() if self.step >= 0 else []:
+            if name not in self.loaded:
+                raise UserError(f"--resume: the checkpoint of step {self.step} holds no {name}: it is of another kind of run; use --init_from for its weights")
+            thing.load_state_dict(self.loaded[name])
+        self.loaded = {} if self.also else self.loaded       # not to be held in memory for the whole run
 
     def due(self, at, last):
         """Is it time for a checkpoint?"""
@@ -274,11 +305,13 @@ class Saver:
         """A checkpoint of this very step, with everything that the next one depends on. Raises UserError as save() does, and when
         the ranks no longer hold the same weights."""
         ctx, sharded, aside = self.ctx, self.ctx.sharded, None
-        dist.check_replicas(self.model, ctx)
+        for model in [self.model, *(m for m in self.also.values() if isinstance(m, torch.nn.Module))]:
+            dist.check_replicas(model, ctx)
         rng = {"cpu": torch.get_rng_state()}
         if ctx.device.type in ("cuda", "mps"):
             rng[ctx.device.type] = torch.cuda.get_rng_state(ctx.device) if ctx.device.type == "cuda" else torch.mps.get_rng_state()
-        training = {"scaler": self.scaler.state_dict(), "rng": ctx.gather(rng)[:: ctx.tp]}          # one a data-parallel rank: its tp processes draw alike
+        training = {"scaler": self.scaler.state_dict(), "rng": ctx.gather(rng)[:: ctx.tp],          # one a data-parallel rank: its tp processes draw alike
+                    "also": {name: thing.state_dict() for name, thing in self.also.items()}}
         if sharded:
             from nanollm import parallel
             failed = ctx.gather(self.no_room(at) if ctx.main else "")[0]
@@ -293,7 +326,8 @@ class Saver:
         if ctx.main:
             try:
                 save(self.out_dir, at.step, self.model, self.tokenizer, self.stage, self.cfg, training, self.cfg.keep, state, aside,
-                     val_loss=at.val_loss if at.evaluated == at.step else None, milestone=at.step in self.milestones, progress=dataclasses.asdict(at))
+                     val_loss=at.val_loss if at.evaluated == at.step else None, milestone=at.step in self.milestones, progress=dataclasses.asdict(at),
+                     **({"scores": self.scores} if self.scores else {}))
             except UserError as e:
                 failed = str(e)
         if failed := ctx.gather(failed)[0]:                                              # all ranks leave together, none waits for the others
@@ -394,7 +428,8 @@ class Saver:
                 torch.mps.set_rng_state(rng["mps"])
         else:
             print(f"note: {len(training['rng'])} ranks saved, {ctx.world_size} now: dropout draws new random numbers", flush=True)
-        self.step = meta["step"]
+        self.step, self.scores, self.loaded = meta["step"], meta.get("scores"), training.get("also", {})
+        self.restore()
         return Progress(**meta["progress"]) if "progress" in meta else Progress(meta["step"], training.get("tokens", 0))
 
     def abandon(self, paths):

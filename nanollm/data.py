@@ -6,8 +6,11 @@ Loaders yield already shifted (inputs, targets): target t is the token that foll
 """
 import gzip
 import json
+import math
 import os
+import re
 import zlib
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +20,7 @@ import torch
 from nanollm import tokenizer as tokenizers
 from nanollm.config import UserError
 from nanollm.losses import IGNORE_INDEX
-from nanollm.tokenizer import render
+from nanollm.tokenizer import frame, render
 
 # ----------------------------------------------------------------------------------------------------------------
 # Rows and batches
@@ -30,13 +33,13 @@ def pack(lengths, size, window=65536):
     rows = []
     for begin in range(0, len(lengths), window):
         part = np.asarray(lengths[begin : begin + window])
-        open_rows, spaces = [[] for _ in range(size + 1)], 0              # by free space; bit s = some row has s free
+        open_rows, spaces = [deque() for _ in range(size + 1)], 0         # by free space, the oldest first; bit s = some row has s free
         for i in np.argsort(-part, kind="stable").tolist():
             n = int(part[i])
             fits = spaces >> n << n
             if fits:
                 space = (fits & -fits).bit_length() - 1                   # the smallest space >= n
-                row = open_rows[space].pop()
+                row = open_rows[space].popleft()
                 if not open_rows[space]:
                     spaces ^= 1 << space
             else:
@@ -306,9 +309,11 @@ def read_rows(paths, out_dir=None, max_bad=0.1):
                             raise ValueError("not an object")
                         rows.append((f"{path}:{i}", row))
                     except (ValueError, RecursionError) as e:
-                        bad.append((f"{path}:{i}", str(e), line[:200].decode("utf-8", "replace")))
+                        reason = "not UTF-8" if isinstance(e, UnicodeDecodeError) else f"no JSON object: {getattr(e, 'msg', e)}"
+                        bad.append((f"{path}:{i}", reason, line[:200].decode("utf-8", "replace")))
         else:
-            raise UserError(f"--data {path}: unknown kind of file; use .jsonl, .json or .parquet (.gz of the first two)")
+            raise UserError(f"--data {path}: unknown kind of file; use .jsonl, .json or .parquet (.gz of the first two); plain text and "
+                            f"token files belong to prepare_data.py and train_pretrain.py")
         if len(rows) == before and not bad:
             raise UserError(f"--data {path} holds no row: the file is empty")
     report_bad(bad, len(rows) + len(bad), out_dir, max_bad)
@@ -316,18 +321,23 @@ def read_rows(paths, out_dir=None, max_bad=0.1):
 
 
 def report_bad(bad, total, out_dir, max_bad):
-    """Say how many rows are set aside, show three, write all to quarantine.jsonl, stop above the allowed share."""
+    """Say how many rows are set aside for which reason, with an example of each, write all to quarantine.jsonl, stop above the
+    allowed share."""
     if not bad:
         return
     print(f"set aside {len(bad)} of {total} rows:", flush=True)
-    for where, reason, head in bad[:3]:
-        print(f"    {where}: {reason}: {head[:80]!r}", flush=True)
+    reasons = Counter(reason for _, reason, _ in bad).most_common()
+    for reason, n in reasons[:8]:
+        where, _, head = next(row for row in bad if row[1] == reason)
+        print(f"    {n} x {reason}, such as {where}: {head[:80]!r}", flush=True)
+    if len(reasons) > 8:
+        print(f"    {sum(n for _, n in reasons[8:])} for {len(reasons) - 8} other reasons", flush=True)
     if out_dir is not None and int(os.environ.get("RANK", 0)) == 0:
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         path = Path(out_dir) / "quarantine.jsonl"
         lines = [json.dumps({"where": where, "reason": reason, "head": head}, ensure_ascii=False) for where, reason, head in bad]
         known = set(path.read_text(encoding="utf-8").splitlines()) if path.exists() else set()
-        with open(path, "a", encoding="utf-8") as f:                         # a resumed run sets the same rows aside again
+        with open(path, "a", encoding="utf-8", errors="backslashreplace") as f:     # a resumed run sets the same rows aside again
             f.writelines(line + "\n" for line in lines if line not in known)
     if len(bad) > max_bad * total:
         raise UserError(f"{len(bad)} of {total} rows cannot be used, more than --max_bad {max_bad:.0%}; the first: "
@@ -352,8 +362,10 @@ def messages_from(items):
         if not isinstance(content, str) or not content.strip():
             raise ValueError(f"empty or non-text {ROLES[role]} message")
         message = {"role": ROLES[role], "content": content}
-        if "weight" in item:
-            message["train"] = int(bool(item["weight"]))
+        if item.get("weight") is not None:                                    # Parquet has null where others have nothing
+            if item["weight"] not in (0, 1):
+                raise ValueError(f"weight {item['weight']!r} is neither 0 nor 1")
+            message["train"] = int(item["weight"])
         messages.append(message)
     turns = [m["role"] for m in messages]
     if "system" in turns[1:]:
@@ -365,7 +377,20 @@ def messages_from(items):
     return messages
 
 
-def question_of(row):
+# the prompts of Stanford Alpaca (train.py), made of instruction and input; an answer follows
+ALPACA = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n### Instruction:\n"
+ALPACA_INPUT = ", paired with an input that provides further context"
+
+
+def alpaca_text(instruction, extra, alpaca_prompt):
+    """The user's text of an alpaca row: the instruction and, on a line of its own, the input; or Stanford's prompt, as published."""
+    if alpaca_prompt:
+        middle = f"\n\n### Input:\n{extra}" if extra else ""
+        return ALPACA.format(ALPACA_INPUT if extra else "") + instruction + middle + "\n\n### Response:"
+    return instruction.strip() + ("\n" + extra.strip() if extra.strip() else "")
+
+
+def question_of(row, alpaca_prompt=False):
     """The messages before the answer, from any of the formats that share these keys. Raises ValueError(reason)."""
     for key in ("messages", "conversations", "prompt"):
         if isinstance(row.get(key), list):
@@ -377,27 +402,31 @@ def question_of(row):
                 raise ValueError("input is not a text or history is no list of [question, answer]")
             history = [m for q, a in history for m in ({"role": "user", "content": q}, {"role": "assistant", "content": a})]
             system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-            text = row[key].strip() + ("\n" + extra.strip() if extra.strip() else "") if key == "instruction" else row[key]
+            text = alpaca_text(row[key], extra, alpaca_prompt) if key == "instruction" else row[key]
             return messages_from(system + history + [{"role": "user", "content": text}])
     if "text" in row:
         raise ValueError("plain text: tokenize it with prepare_data.py and give it to train_pretrain.py")
     raise ValueError(f"no known chat format; the keys are {sorted(row)[:8]}")
 
 
-def to_messages(row):
+def to_messages(row, alpaca_prompt=False):
     """A chat row in any known format as messages that end with the assistant. Raises ValueError(reason).
 
-    OpenAI messages, ShareGPT conversations, Firefly conversation, alpaca instruction/input/output, and
-    prompt/completion, prompt/answer, prompt/response, question/answer. Detected by keys.
+    OpenAI messages, ShareGPT conversations, Firefly conversation, alpaca instruction/input/output (alpaca_prompt: in
+    Stanford's words), and prompt/completion, prompt/answer, prompt/response, question/answer. Detected by keys.
     """
     if "chosen" in row and "rejected" in row:
         raise ValueError("a preference row: give the file to train_rm.py or train_dpo.py")
+    if isinstance(row.get("label"), bool) and "prompt" in row:
+        raise ValueError("an unpaired preference row (label true or false): give the file to train_dpo.py --loss kto")
+    if {"A", "B"} <= row.keys() and {"Question", "question", "Answer"} & row.keys():
+        raise ValueError("a multiple-choice question: give the file to evaluate.py as .csv")
     if isinstance(row.get("conversation"), list):                            # Firefly
         system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
         messages = messages_from(system + [{"role": r, "content": turn.get(k)} for turn in row["conversation"] if isinstance(turn, dict)
                                            for r, k in (("user", "human"), ("assistant", "assistant"))])
     else:
-        messages = question_of(row)
+        messages = question_of(row, alpaca_prompt)
         for key in ("output", "completion", "answer", "response"):
             if messages[-1]["role"] == "user" and key in row:
                 messages = messages_from(messages + [{"role": "assistant", "content": row[key]}])
@@ -406,13 +435,24 @@ def to_messages(row):
     return messages
 
 
+def looks_like(row):
+    """What a row is that is no preference row, and where it belongs, as the end of a sentence."""
+    if "label" in row:
+        return " but one labelled answer: train_dpo.py --loss kto reads it"
+    try:
+        to_messages(row)
+        return " but a chat: give the file to train_sft.py"
+    except ValueError:
+        return " but plain text: tokenize it with prepare_data.py for train_pretrain.py" if isinstance(row.get("text"), str) else ""
+
+
 def to_preference(row):
     """A preference row as (prompt messages, chosen text, rejected text). Raises ValueError(reason).
 
     Each side may be a string, one message, or a list of messages; the turns that both lists share belong to the prompt.
     """
     if "chosen" not in row or "rejected" not in row:
-        raise ValueError("no chosen and rejected: not a preference row")
+        raise ValueError("no chosen and rejected: not a preference row" + looks_like(row))
     sides = []
     for side in (row["chosen"], row["rejected"]):
         side = [{"role": "assistant", "content": side}] if isinstance(side, str) else side
@@ -443,17 +483,20 @@ def to_preference(row):
 
 def content_at(tok, messages, i):
     """(first position, length) of the content of message i in the rendered ids, where text can be cut out."""
-    begin = len(render(tok, messages[:i])[0]) + 1 + len(tok.encode(messages[i]["role"] + "\n"))
+    begin = len(render(tok, messages[:i])[0]) + len(frame(tok, messages[i]["role"])[0])
     return begin, len(tok.encode(messages[i]["content"]))
 
 
-def fit_chat(tok, messages, max_len):
+def fit_chat(tok, messages, max_len, truncate="turn"):
     """messages as (ids, mask) of at most max_len tokens, or None if no supervised token is left.
 
-    Whole exchanges from the start while they fit. If even the first is too long: the user's text loses its beginning
-    (down to max_len // 4 tokens), then the answer its end; a cut answer gets no <|im_end|>, since it does not stop there.
+    truncate="turn": whole exchanges from the start while they fit. If even the first is too long: the user's text loses its
+    beginning (down to max_len // 4 tokens), then the answer its end; a cut answer gets no <|im_end|>, since it does not stop
+    there. "keep_start": the first max_len tokens, whatever is cut, as trl does by default.
     """
     ids, mask = render(tok, messages)
+    if truncate == "keep_start":
+        return (ids[:max_len], mask[:max_len]) if any(mask[:max_len]) else None
     turns = [i + 1 for i, m in enumerate(messages) if m["role"] == "assistant"]
     while len(ids) > max_len and len(turns) > 1:
         turns.pop()
@@ -468,10 +511,31 @@ def fit_chat(tok, messages, max_len):
     return (ids, mask) if any(mask) else None
 
 
-def fit_pair(tok, prompt, chosen, rejected, max_len):
+def to_labelled(row):
+    """What KTO reads, single answers, each good or bad: [(prompt messages, answer, is it good?)]. A row with a completion (or answer,
+    response, output; or chat messages that end with one) and a label true/false is one; a preference row is two. Raises ValueError."""
+    if "chosen" in row and "rejected" in row:
+        prompt, chosen, rejected = to_preference(row)
+        return [(prompt, chosen, True), (prompt, rejected, False)]
+    if not isinstance(row.get("label"), bool) and row.get("label") not in (0, 1):
+        raise ValueError("no label that is true or false (nor chosen and rejected): not a row for --loss kto" + looks_like(row))
+    messages = to_messages({k: v for k, v in row.items() if k != "label"})
+    return [(messages[:-1], messages[-1]["content"], bool(row["label"]))]
+
+
+def margin_of(row):
+    """A preference row's own margin, how much better the chosen answer is; None without one. Raises ValueError(reason)."""
+    margin = row.get("margin")
+    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, (int, float)) or not np.isfinite(margin)):
+        raise ValueError(f"its margin {margin!r} is not a number")
+    return margin
+
+
+def fit_pair(tok, prompt, chosen, rejected, max_len, cut_answers=False):
     """(prompt ids, chosen ids, rejected ids), answers closed by <|im_end|> and nothing after it; or None if it cannot fit.
-    The oldest exchanges go first, then the beginning of the last user message; an answer is never cut."""
-    answers = [tok.encode(a) + [tok.im_end_id] for a in (chosen, rejected)]
+    The oldest exchanges go first, then the beginning of the last user message. An answer is never cut, or, with cut_answers, last: the
+    user keeps a quarter of max_len, and a cut answer gets no <|im_end|>, since it does not stop there."""
+    answers = [tok.encode(a) + [tok.end_id] for a in (chosen, rejected)]
     room = max_len - max(map(len, answers))
     system, turns = [m for m in prompt if m["role"] == "system"], [m for m in prompt if m["role"] != "system"]
     while len(turns) > 1 and len(render(tok, system + turns, True)[0]) > room:
@@ -482,17 +546,37 @@ def fit_pair(tok, prompt, chosen, rejected, max_len):
     if len(ids) > room:
         begin, size = content_at(tok, system + turns, len(system + turns) - 1)
         cut = len(ids) - room
-        if cut >= size:
-            return None
+        if cut >= size - cut_answers * max_len // 4:
+            if not cut_answers:
+                return None
+            cut = max(0, size - max_len // 4)
         ids = ids[:begin] + ids[begin + cut :]
-    return ids, answers[0], answers[1]
+    if len(ids) >= max_len:
+        return None
+    return ids, answers[0][: max_len - len(ids)], answers[1][: max_len - len(ids)]
 
 
-def split_rows(cfg):
+def read_weights(words):
+    """--data a.jsonl:0.8 b.jsonl:0.2 -> (["a.jsonl", "b.jsonl"], {"a.jsonl": 0.8, "b.jsonl": 0.2}); without weights (words, {})."""
+    cut = [word.rpartition(":") for word in words]
+    numbers = [w for path, _, w in cut if path and re.fullmatch(r"[-+.\d]+(e[-+]?\d+)?|nan|inf", w)]
+    if not numbers:
+        return words, {}
+    paths = [str(Path(path)) for path, _, _ in cut]                          # as read_rows names them
+    try:
+        weights = dict(zip(paths, map(float, numbers), strict=True))
+        if len(weights) < len(paths) or not all(0 < w < math.inf for w in weights.values()):
+            raise ValueError
+    except ValueError:
+        raise UserError(f"--data {' '.join(words)}: to mix files, give each of them one weight above 0, as in a.jsonl:0.8 b.jsonl:0.2") from None
+    return paths, weights
+
+
+def split_rows(cfg, paths=None):
     """(train rows, val rows) of --data and --val_data, or of --data alone with --val_fraction of it held out by content."""
     if not cfg.data:
         raise UserError("--data names no file; give one or more .jsonl, .json or .parquet files")
-    rows = read_rows(cfg.data, cfg.out_dir, cfg.max_bad)
+    rows = read_rows(paths or cfg.data, cfg.out_dir, cfg.max_bad)
     if cfg.val_data:
         return rows, read_rows(cfg.val_data, cfg.out_dir, cfg.max_bad)
     held_out = lambda row: zlib.crc32(json.dumps(row, sort_keys=True, default=str).encode()) < cfg.val_fraction * 2**32
@@ -509,74 +593,134 @@ class ChatRows:
 
     @classmethod
     def load(cls, cfg, tok, max_seq_len):
-        """(train, val) as a script's config names them."""
-        return [cls(rows, tok, max_seq_len, cfg.pack, cfg.out_dir, cfg.max_bad) for rows in split_rows(cfg)]
+        """(train, val) as a script's config names them. Files with weights are packed apart, in the order of train.weights."""
+        if cfg.truncate not in ("turn", "keep_start"):
+            raise UserError(f"--truncate {cfg.truncate} is unknown; use turn or keep_start")
+        paths, weights = read_weights(cfg.data)
+        return [cls(rows, tok, max_seq_len, cfg.pack, cfg.out_dir, cfg.max_bad, cfg.truncate, cfg.alpaca_prompt, mix)
+                for rows, mix in zip(split_rows(cfg, paths), (weights, {}))]
 
-    def __init__(self, rows, tok, max_seq_len, pack_rows=True, out_dir=None, max_bad=0.1):
-        """rows: [(where, row)] as read_rows returns them."""
-        self.pad_id, self.examples, self.questions, bad = tok.pad_id, [], [], []
-        shortened = 0
+    def __init__(self, rows, tok, max_seq_len, pack_rows=True, out_dir=None, max_bad=0.1, truncate="turn", alpaca_prompt=False, weights=None):
+        """rows: [(where, row)] as read_rows returns them. weights: {path: weight} of the files to be mixed; self.sizes then
+        says how many rows each has, one file's rows after the other's."""
+        self.pad_id, self.examples, self.questions, self.weights, bad = tok.pad_id, [], [], weights or {}, []
+        shortened, sources = 0, []
         for where, row in rows:
             try:
-                messages = to_messages(row)
-                fitted = fit_chat(tok, messages, max_seq_len + 1)
-                if fitted is None:
-                    raise ValueError(f"no answer token fits into --max_seq_len {max_seq_len}")
-                ids, mask = fitted
-                shortened += ids != render(tok, messages)[0]
+                messages = to_messages(row, alpaca_prompt)
+                ids, mask = whole = render(tok, messages)
+                if not any(mask):
+                    raise ValueError("nothing to learn: every answer has weight 0")
+                if len(ids) > max_seq_len + 1:
+                    fitted = fit_chat(tok, messages, max_seq_len + 1, truncate)
+                    if fitted is None:
+                        raise ValueError(f"no answer token fits into --max_seq_len {max_seq_len}")
+                    ids, mask = fitted
+                    shortened += 1
                 targets = [t if m else IGNORE_INDEX for t, m in zip(ids[1:], mask[1:])]
                 self.examples.append((ids[:-1], targets))
                 self.questions.append(next(m["content"] for m in messages if m["role"] == "user"))
+                sources.append(where.rpartition(":")[0] if weights else "")
             except ValueError as e:
                 bad.append((where, str(e), json.dumps(row, ensure_ascii=False, default=str)[:200]))
         if shortened:
-            print(f"shortened {shortened} of {len(rows)} chats to --max_seq_len {max_seq_len}: late turns, the start of a question or "
-                  f"the end of an answer are left out", flush=True)
+            what = "late turns, the start of a question or the end of an answer are left out" if truncate == "turn" else "their ends are left out"
+            print(f"shortened {shortened} of {len(rows)} chats to --max_seq_len {max_seq_len}: {what}", flush=True)
         report_bad(bad, len(rows), out_dir, max_bad)
         if not self.examples:
             raise UserError(f"no chat fits into --max_seq_len {max_seq_len}; raise it")
-        lengths = [len(x) for x, _ in self.examples]
-        self.rows = pack(lengths, max_seq_len) if pack_rows else [[i] for i in range(len(lengths))]
+        self.rows, self.sizes = [], []
+        for path in weights or [""]:
+            chats = [i for i, source in enumerate(sources) if source == path]
+            if not chats:
+                raise UserError(f"--data {path} leaves no row to train on; take it out or give more rows")
+            bins = pack([len(self.examples[i][0]) for i in chats], max_seq_len) if pack_rows else [[i] for i in range(len(chats))]
+            self.rows += [[chats[i] for i in row] for row in bins]
+            self.sizes.append(len(bins))
         self.n_supervised = sum(t != IGNORE_INDEX for _, y in self.examples for t in y)
 
     def __len__(self):
         return len(self.rows)
 
+    def lengths(self):
+        """Tokens of each row."""
+        return [sum(len(self.examples[i][0]) for i in row) for row in self.rows]
+
     def batch(self, rows):
         return collate([[self.examples[i] for i in self.rows[r]] for r in rows], self.pad_id)
+
+    def inspect(self, tok, n):
+        """Print the first n rows as the model sees them, a token a line: place, chat within the row, id, 1 if it is learnt, text;
+        the learnt ones in green. What is wrong with a mask is seen here within a minute."""
+        names = {i: name for name, i in tok.control.items()}
+        green, grey, off = ("", "", "") if "NO_COLOR" in os.environ else ("\033[1;32m", "\033[90m", "\033[0m")
+        for r, row in enumerate(self.rows[:n], 1):
+            tokens = []
+            for chat, i in enumerate(row, 1):
+                inputs, targets = self.examples[i]
+                mask = [False, *(y != IGNORE_INDEX for y in targets)]          # the last target is no input: shown if it is learnt
+                tokens += [(chat, t, m) for t, m in zip([*inputs, targets[-1]], mask) if t != IGNORE_INDEX]
+            learnt = sum(mask for _, _, mask in tokens)
+            print(f"row {r} of {len(self.rows)}: {len(row)} chat(s), {len(tokens)} tokens, {learnt} of them learnt ({learnt / len(tokens):.0%})\n"
+                  f"{'place':>6} {'chat':>4} {'id':>7} mask  token")
+            for place, (chat, t, mask) in enumerate(tokens):
+                piece = tok.token_bytes(t).decode("utf-8", errors="replace")
+                text = names.get(t) or repr(piece if "\ufffd" not in piece else tok.token_bytes(t))       # a part of a character: its bytes
+                print(f"{green if mask else grey}{place:>6} {chat:>4} {t:>7} {int(mask):>4}  {text}{off}")
 
 
 class PreferenceRows:
     """Pairs for the reward model and DPO. A batch of B pairs is 2B rows, chosen first, rejected second, so that one
-    forward pass sees both under the same conditions."""
+    forward pass sees both under the same conditions. Where it saves arithmetic (`shares`), their prompts stand apart and
+    are read once for both (pairs.py).
+
+    For KTO (labelled=True) a "pair" is an answer and, in the rejected one's place, the answer of the next row, which does not
+    belong to this prompt: KTO measures with it how far the policy has moved. desirable: whether the answer is a good one."""
 
     @classmethod
-    def load(cls, cfg, tok, max_seq_len):
+    def load(cls, cfg, tok, max_seq_len, **options):
         """(train, val) as a script's config names them."""
-        return [cls(rows, tok, max_seq_len, cfg.out_dir, cfg.max_bad) for rows in split_rows(cfg)]
+        return [cls(rows, tok, max_seq_len, cfg.out_dir, cfg.max_bad, **options) for rows in split_rows(cfg)]
 
-    def __init__(self, rows, tok, max_seq_len, out_dir=None, max_bad=0.1):
-        """rows: [(where, row)] as read_rows returns them."""
-        self.pad_id, self.pairs, self.questions, bad = tok.pad_id, [], [], []
-        too_long = shortened = 0
+    def __init__(self, rows, tok, max_seq_len, out_dir=None, max_bad=0.1, labelled=False, cut_answers=False, share=False):
+        """rows: [(where, row)] as read_rows returns them. share: may prompts be read apart from their answers?"""
+        self.pad_id, self.max_seq_len, self.share = tok.pad_id, max_seq_len, share
+        self.pairs, self.questions, self.margins, self.desirable, self.ref_logps = [], [], [], None, None
+        bad, found = [], []
         for where, row in rows:
             try:
-                prompt, chosen, rejected = to_preference(row)
-                pair = fit_pair(tok, prompt, chosen, rejected, max_seq_len)
-                if pair is None:
-                    too_long += 1
-                else:
-                    shortened += pair[0] != render(tok, prompt, True)[0]
-                    self.pairs.append(pair)
-                    self.questions.append(prompt[-1]["content"])
+                found += to_labelled(row) if labelled else [(*to_preference(row), margin_of(row))]
             except ValueError as e:
                 bad.append((where, str(e), json.dumps(row, ensure_ascii=False, default=str)[:200]))
-        if shortened:
-            print(f"shortened {shortened} of {len(rows)} prompts to --max_seq_len {max_seq_len}: early turns or the start of a question are "
-                  f"left out", flush=True)
-        if too_long:
-            print(f"left out {too_long} of {len(rows)} pairs: an answer is longer than --max_seq_len {max_seq_len}", flush=True)
         report_bad(bad, len(rows), out_dir, max_bad)
+        if labelled:                                         # all good ones, then all bad ones: neighbours have different prompts
+            found.sort(key=lambda r: not r[2])
+            labels = [good for _, _, good in found]
+            if len(set(labels)) < 2:
+                raise UserError("--loss kto needs answers of both labels, and all of these have the same; add rows of the other")
+            found = [(prompt, answer, after[1], None) for (prompt, answer, _), after in zip(found, found[1:] + found[:1])]
+        too_long = shortened = cut = same = 0
+        kept = []
+        for i, (prompt, chosen, rejected, margin) in enumerate(found):
+            pair = fit_pair(tok, prompt, chosen, rejected, max_seq_len, cut_answers)
+            if pair is None:
+                too_long += 1
+            elif pair[1] == pair[2] and not labelled:
+                same += 1
+            else:
+                shortened += pair[0] != render(tok, prompt, True)[0]
+                cut += any(answer[-1] != tok.end_id for answer in pair[1:])
+                kept.append(i)
+                self.pairs.append(pair)
+                self.questions.append(prompt[-1]["content"])
+                self.margins.append(margin)
+        if labelled:
+            self.desirable = torch.tensor([labels[i] for i in kept])
+        for n, what in ((shortened, "shortened {} prompts: early turns or the start of a question are left out"),
+                        (cut, "cut an answer's end in {} pairs"), (too_long, "left out {} pairs: an answer is longer"),
+                        (same, "left out {} pairs: the two answers are the same tokens")):
+            if n:
+                print(what.format(f"{n} of {len(found)}") + f" (--max_seq_len {max_seq_len})", flush=True)
         if not self.pairs:
             raise UserError(f"no pair fits into --max_seq_len {max_seq_len}; raise it")
 
@@ -587,14 +731,45 @@ class PreferenceRows:
         """Tokens of each pair's longer side."""
         return [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in self.pairs]
 
-    def batch(self, rows):
-        """inputs and targets (2B, T), targets only on the answers: what DPO compares."""
-        sides = [(self.pairs[r][0], self.pairs[r][side]) for side in (1, 2) for r in rows]
-        examples = [[((p + a)[:-1], [IGNORE_INDEX] * (len(p) - 1) + a)] for p, a in sides]
-        return collate(examples or [[([self.pad_id], [IGNORE_INDEX])]] * 2, self.pad_id)[:2]
+    def shares(self, rows):
+        """Is reading the prompts of this batch once, in a pass of their own, less work? Padded to the longest, B prompts and 2B
+        answers beside 2B whole rows. It costs a second pass and a mask, so a gain below SHARE_FROM is none (bench/dpo.py)."""
+        if not (self.share and len(rows)):
+            return False
+        prompts, answers = (max(len(p) for p, _, _ in rows), max(max(len(a), len(b)) for _, a, b in rows))
+        whole = max(len(p) + max(len(a), len(b)) for p, a, b in rows)
+        return 2 * whole > SHARE_FROM * (prompts + 2 * answers) and prompts + answers < self.max_seq_len
 
-    def scored_batch(self, rows):
-        """ids (2B, T) with the closing <|im_end|>, and lengths (2B,): the reward model reads the score at length - 1."""
-        ids = [self.pairs[r][0] + self.pairs[r][side] for side in (1, 2) for r in rows]
+    def sides(self, rows):
+        """(rows to be read (2B) as lists of ids, the prompts before them (B, P) padded with -1 on the left, or None). A row of answers
+        begins with its prompt's last token, which predicts the answer's first."""
+        rows = [self.pairs[r] for r in rows]
+        shared = self.shares(rows)
+        sides = [(row[0][-1:] if shared else row[0], row[side]) for side in (1, 2) for row in rows]
+        if not shared:
+            return sides, None
+        P = max(len(p) for p, _, _ in rows) - 1
+        return sides, torch.tensor([[-1] * (P - len(p) + 1) + p[:-1] for p, _, _ in rows])
+
+    def batch(self, rows):
+        """What DPO compares: inputs, targets (2B, T), targets only on the answers; prompts (B, P) or None; the reference's
+        log-probabilities (2B,), or None if they are not known beforehand; for KTO, desirable (B,)."""
+        sides, prompts = self.sides(rows)
+        examples = [[((p + a)[:-1], [IGNORE_INDEX] * (len(p) - 1) + a)] for p, a in sides]
+        inputs, targets, _ = collate(examples or [[([self.pad_id], [IGNORE_INDEX])]] * 2, self.pad_id)
+        ref_logps = None if self.ref_logps is None else self.ref_logps[list(rows)].T.flatten() if len(rows) else torch.zeros(2)
+        if self.desirable is None:
+            return inputs, targets, prompts, ref_logps
+        return inputs, targets, prompts, ref_logps, self.desirable[list(rows)] if len(rows) else torch.tensor([False])
+
+    def scored_batch(self, rows, margin=0.0):
+        """What the reward model reads: ids (2B, T) with the closing <|im_end|>; lengths (2B,), the score is read at length - 1; prompts
+        (B, P) or None; margins (B,), a row's own or else the given one."""
+        sides, prompts = self.sides(rows)
+        ids = [p + a for p, a in sides]
         lengths = torch.tensor([len(x) for x in ids] or [0, 0])
-        return collate([[(x, x)] for x in ids] or [[([self.pad_id], [self.pad_id])]] * 2, self.pad_id)[0], lengths
+        margins = torch.tensor([margin if self.margins[r] is None else self.margins[r] for r in rows] or [0.0], dtype=torch.float32)
+        return collate([[(x, x)] for x in ids] or [[([self.pad_id], [self.pad_id])]] * 2, self.pad_id)[0], lengths, prompts, margins
+
+
+SHARE_FROM = 1.05

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from nanollm.config import UserError
 from nanollm.generate import generate_batch
-from nanollm.losses import reward_loss
+from nanollm.losses import last_scores
 from nanollm.tokenizer import render
 
 
@@ -222,10 +222,16 @@ def share(hits):
 
 # ---------------------------------------------------------------------------------------------------- generation
 
-def answers(model, tok, prompts, max_new_tokens=128, temperature=0.0, seed=0, batch_size=64, **sampling):
+def answers(model, tok, prompts, *args, **options):
     """The model's answers: [(text, whether it ended by itself)]. prompts: strings are continued as documents, lists of
-    messages are answered as chats. temperature 0 is greedy; otherwise the same seed gives the same answers."""
+    messages are answered as chats. For the rest see answer_ids."""
     ids = [[tok.eos_id] + tok.encode(p) if isinstance(p, str) else render(tok, p, add_generation_prompt=True)[0] for p in prompts]
+    return [(tok.decode(answer), ended) for answer, ended in answer_ids(model, tok, ids, *args, **options)]
+
+
+def answer_ids(model, tok, ids, max_new_tokens=128, temperature=0.0, seed=0, batch_size=64, **sampling):
+    """[(new ids without the end token, whether it ended by itself)] after each prompt (a list of ids). temperature 0 is greedy;
+    otherwise the same seed gives the same answers."""
     was_training, out = model.training, [None] * len(ids)
     model.eval()
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
@@ -235,7 +241,7 @@ def answers(model, tok, prompts, max_new_tokens=128, temperature=0.0, seed=0, ba
         new, stopped = generate_batch(model, [ids[i] for i in part], max_new_tokens, tok.pad_id, stop_ids=tok.stop_ids,
                                       generator=generator, temperature=temperature, **sampling)
         for i, answer, ended in zip(part, new, stopped):
-            out[i] = (tok.decode(answer), ended)
+            out[i] = (answer, ended)
     model.train(was_training)
     return out
 
@@ -266,15 +272,59 @@ def win_rate(ratings, other):
     return sum(0.5 if a == b else float(a > b) for a, b in zip(ratings, other)) / max(len(ratings), 1)
 
 
+def score_table(rewards, lengths):
+    """rewards (2B, T) and lengths (2B,), chosen rows first -> (B, 4) float64 on the CPU: both scores, both lengths."""
+    return torch.stack([*last_scores(rewards, lengths).chunk(2), *lengths.chunk(2)], 1).double().cpu()
+
+
+def calibration_error(p, bins=10):
+    """Expected calibration error of p (n,), the model's probabilities for what has happened (Guo et al. 2017, eq. 3). Each pair is
+    seen from both sides, "chosen wins" with p and "rejected wins" with 1 - p, since always asking about the winner would make
+    every answer yes: sum over bins of share * |hit rate - mean probability|. 0 = when it says 70 %, it is right in 70 %."""
+    p, happened = torch.cat([p, 1 - p]), torch.cat([torch.ones_like(p), torch.zeros_like(p)])
+    bin = (p * bins).long().clamp(max=bins - 1)
+    gap = torch.zeros(bins, dtype=p.dtype).index_add(0, bin, happened - p)
+    return float(gap.abs().sum() / len(p))
+
+
+def reward_report(table):
+    """How well a reward model ranks pairs, and whether it knows more than their lengths: numbers, explained in docs/reward_model.md.
+    table: rows of score_table, (n, 4)."""
+    scores, (c, r, *lengths) = table[:, :2], table.T
+    d, longer = c - r, lengths[0] - lengths[1]
+    related = float(torch.corrcoef(torch.stack([d, longer]))[0, 1]) if len(d) > 1 and d.std() > 0 and longer.std() > 0 else 0.0
+    return {"nll": float(-F.logsigmoid(d).mean()), "accuracy": float((d > 0).double().mean()), "ties": float((d == 0).double().mean()),
+            "chosen_mean_scores": float(c.mean()), "rejected_mean_scores": float(r.mean()), "margin": float(d.mean()),
+            "score_mean": float(scores.mean()), "score_std": float(scores.std(correction=0)), "score_min": float(scores.min()),
+            "score_max": float(scores.max()), "ece": calibration_error(torch.sigmoid(d)),
+            "longer_wins": float((longer > 0).double().mean()), "length_correlation": related}
+
+
+@torch.no_grad()
+def away_from(base, model, reward, tok, prompts, answers):
+    """Where alignment has taken a model that began as `base`, measured on answers [(ids, ended)] that it sampled at temperature 1:
+
+    kl      mean over the answers of log p_model(answer) - log p_base(answer), in nats: an unbiased estimate of KL(model || base)
+    reward  mean score of a reward model
+    tokens  mean length, the end token included
+    """
+    full = [ids + [tok.end_id] * ended for ids, ended in answers]
+    pairs = [(prompt, ids) for prompt, ids in zip(prompts, full) if ids]
+    kl = sum((b.sum() - m.sum()).item() for m, b in zip(continuation_losses(model, pairs), continuation_losses(base, pairs)))
+    device, score = next(reward.parameters()).device, 0.0
+    for prompt, ids in zip(prompts, full):
+        score += reward(torch.tensor([prompt + ids], device=device))[0, -1].item()
+    return {"kl": kl / len(full), "reward": score / len(full), "tokens": sum(map(len, full)) / len(full)}
+
+
 @torch.no_grad()
 def rm_accuracy(model, pairs, batch_size=32):
     """How often a reward model scores the chosen answer above the rejected: share() plus the mean margin and the share
-    of ties. pairs: PreferenceRows; each answer is read at its closing <|im_end|>, found by length."""
-    device, sums, n = next(model.parameters()).device, {}, 0
+    of ties. pairs: PreferenceRows."""
+    device, table = next(model.parameters()).device, []
     for start in range(0, len(pairs), batch_size):
-        ids, lengths = pairs.scored_batch(range(start, min(start + batch_size, len(pairs))))
-        _, count, metrics = reward_loss(model(ids.to(device)), lengths.to(device))
-        n += int(count)
-        sums = {k: sums.get(k, 0) + float(v) for k, v in metrics.items()}
-    p = sums["accuracy"] / n
-    return {"accuracy": p, "stderr": math.sqrt(p * (1 - p) / n), "n": n, "margin": sums["margin"] / n, "ties": sums["ties"] / n}
+        ids, lengths, *_ = pairs.scored_batch(range(start, min(start + batch_size, len(pairs))))
+        table.append(score_table(model(ids.to(device)), lengths.to(device)))
+    report, n = reward_report(torch.cat(table)), len(pairs)
+    p = report["accuracy"]
+    return {"accuracy": p, "stderr": math.sqrt(p * (1 - p) / n), "n": n, "margin": report["margin"], "ties": report["ties"]}

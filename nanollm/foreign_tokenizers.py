@@ -195,7 +195,7 @@ def hf_files(tok, chat_template, max_length=None):
     # a foreign file may glue on a BOS or cut and pad; we never did
     table = to_hf_json(tok) | {"post_processor": None, "truncation": None, "padding": None}
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|pad|>",
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>" if tok.template == "chatml" else "<|endoftext|>", "pad_token": "<|pad|>",
         "bos_token": None, "unk_token": None, "additional_special_tokens": ["<|endoftext|>", "<|im_start|>"],
         "clean_up_tokenization_spaces": False, "chat_template": chat_template}
     settings |= {"model_max_length": max_length} if max_length else {}

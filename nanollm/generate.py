@@ -50,47 +50,75 @@ def generate(model, ids, max_new_tokens, stop_ids=(), generator=None, **sampling
         yield token
 
 
-@torch.no_grad()
-@torch.compiler.set_stance("force_eager")
 def generate_batch(model, prompts, max_new_tokens, pad_id, stop_ids=(), generator=None, **sampling):
     """Answers to many prompts at once: prompts is a list of lists of ids -> (list of new ids, list of bool).
 
+    The flag tells whether the row ended with a stop id (which is not returned)."""
+    def pick(logits, rows, answers):
+        return sample(logits, seen=[prompts[i] + answers[i] for i in rows], generator=generator, **sampling)
+
+    prompts = [list(p)[-(model.args.max_seq_len - 1):] for p in prompts]
+    answers = write_batch(model, prompts, max_new_tokens, pad_id, stop_ids, pick)
+    stopped = [bool(answer) and answer[-1] in stop_ids for answer in answers]
+    return [answer[:-1] if ended else answer for answer, ended in zip(answers, stopped)], stopped
+
+
+class RoomyCache(KVCache):
+    """A KVCache with room for the whole text from the start: a new token is written into its place and nothing before it is copied,
+    while a growing cache copies all of it for each token, which costs as much as reading the weights."""
+
+    def __init__(self, room):
+        super().__init__()
+        self.room, self.size = room, {}                           # Attention module -> columns in use
+
+    @property
+    def length(self):
+        return next(iter(self.size.values()), 0)
+
+    def extend(self, module, k, v):
+        start = self.size.get(module, 0)
+        end = self.size[module] = start + k.size(2)
+        if module not in self.kv:
+            self.kv[module] = [x.new_empty(*x.shape[:2], self.room, x.size(3)) for x in (k, v)]                              # (B, G, room, D)
+        for buffer, new in zip(self.kv[module], (k, v)):
+            buffer[:, :, start:end] = new
+        return [buffer[:, :, :end] for buffer in self.kv[module]]
+
+
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")
+def write_batch(model, prompts, max_new_tokens, pad_id, stop_ids, pick):
+    """The loop below generate_batch and the rollouts of PPO: lists of ids -> lists of new ids, a stop id included.
+    pick(logits (n, V), rows, answers) -> the next token (n,) of each of the n rows (a list) that are still being written.
+
     Prompts are padded on the left, so that all answers start in the same column; segments 0 (pad) and 1 (text) keep
     the pads out of every real token's sight, and RoPE only sees distances, so each row is what it would be alone.
-    A finished row leaves the batch. The flag tells whether the row ended with a stop id (which is not returned).
+    A finished row leaves the batch.
     """
-    device, cache, room = next(model.parameters()).device, KVCache(), model.args.max_seq_len
-    prompts = [list(p)[-(room - 1):] for p in prompts]
+    device, room = next(model.parameters()).device, model.args.max_seq_len
+    answers = [[] for _ in prompts]
     tight = [i for i, p in enumerate(prompts) if len(p) + max_new_tokens > room]
-    if tight and len(prompts) > 1:                                # alone: its width must not shorten the others' answers
-        rest = [i for i in range(len(prompts)) if i not in tight]
-        answers, stopped = [[] for _ in prompts], [False] * len(prompts)
-        for group in [*([i] for i in tight), *([rest] if rest else [])]:
-            new = generate_batch(model, [prompts[i] for i in group], max_new_tokens, pad_id, stop_ids, generator, **sampling)
-            for i, answer, ended in zip(group, *new):
-                answers[i], stopped[i] = answer, ended
-        return answers, stopped
-    width = max(map(len, prompts))
-    tokens = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=device)        # (B, T)
-    segments = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    if bool((segments == 1).all()):
-        segments = None                                           # nothing to hide: the faster causal path
-    answers, stopped = [[] for _ in prompts], [False] * len(prompts)
-    alive = list(range(len(prompts)))
-    for _ in range(min(max_new_tokens, room - width)):
-        logits = model(tokens, segments=segments, cache=cache)[:, -1]                               # (alive, V)
-        new = sample(logits, seen=[prompts[i] + answers[i] for i in alive], generator=generator, **sampling).tolist()
-        for i, token in zip(alive, new):
-            if token in stop_ids:
-                stopped[i] = True
-            else:
+    rest = [i for i in range(len(prompts)) if i not in tight]     # tight ones alone: their width must not shorten the others' answers
+    for group in [*([i] for i in tight), *([rest] if rest else [])]:
+        width = max(len(prompts[i]) for i in group)
+        cache = RoomyCache(min(width + max_new_tokens, room))
+        tokens = torch.tensor([[pad_id] * (width - len(prompts[i])) + prompts[i] for i in group], device=device)               # (B, T)
+        segments = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in group], device=device)
+        if bool((segments == 1).all()):
+            segments = None                                       # nothing to hide: the faster causal path
+        for _ in range(min(max_new_tokens, room - width)):
+            logits = model(tokens, segments=segments, cache=cache, head=lambda h, output: output(h[:, -1]))                  # (alive, V)
+            drawn = pick(logits, group, answers)
+            new = drawn.tolist()
+            for i, token in zip(group, new):
                 answers[i].append(token)
-        rows = [r for r, i in enumerate(alive) if not stopped[i]]
-        if not rows:
-            break
-        if len(rows) < len(alive):
-            cache.keep(torch.tensor(rows, device=device))
-        alive = [alive[r] for r in rows]
-        tokens = torch.tensor([[new[r]] for r in rows], device=device)                              # (alive, 1)
-        segments = None if segments is None else torch.ones_like(tokens)
-    return answers, stopped
+            rows = [r for r, token in enumerate(new) if token not in stop_ids]
+            if not rows:
+                break
+            if len(rows) < len(group):
+                group, rows = [group[r] for r in rows], torch.tensor(rows, device=device)
+                cache.keep(rows)
+                drawn = drawn[rows]
+            tokens = drawn[:, None]                                                                                          # (alive, 1)
+            segments = None if segments is None else torch.ones_like(tokens)
+    return answers

@@ -111,7 +111,11 @@ class Logger:
         if step > self.start:
             parts.append(f"eta {self.eta(step)}")
         self.line(" | ".join(parts))
-        for sample in metrics.get("samples", []):
+        self.samples(step, metrics.get("samples", []))
+
+    def samples(self, step, samples):
+        """Texts that the model has written: [{"prompt", "text"}]."""
+        for sample in samples if self.main else []:
             print(f"    {sample['prompt']!r} -> {sample['text']!r}", flush=True)
             if self.board:
                 self.board.add_text(sample["prompt"], sample["text"], step)

@@ -101,47 +101,131 @@ def sequence_logps(logits, targets):
 
 
 def linear_sequence_logps(hidden, output, targets):
-    """sequence_logps(output(hidden), targets) of hidden states (B, T, C) and an output layer. On the CPU prompts and padding
-    get no logits; a GPU would have to wait for the number of the others."""
-    if hidden.device.type != "cpu":
-        return sequence_logps(output(hidden), targets)
+    """sequence_logps(output(hidden), targets) of hidden states (B, T, C) and an output layer: prompts and padding get no logits,
+    the largest tensors of a preference loss. (A GPU waits once for the number of the others.)"""
     mask = targets != IGNORE_INDEX
     logps = -F.cross_entropy(output(hidden[mask]).float(), targets[mask], reduction="none")       # (N,)
     return logps.new_zeros(len(targets)).index_add(0, mask.nonzero()[:, 0], logps), mask.sum(-1)
 
 
-def dpo_loss(logps, ref_logps, counts, beta):
-    """DPO (Rafailov et al. 2023, eq. 7): -log sigmoid(beta * [(log pi/ref)(chosen) - (log pi/ref)(rejected)]).
+KINDS = ("sigmoid", "cdpo", "robust", "ipo", "hinge", "sigmoid_norm", "simpo", "orpo", "kto")
+REFERENCE_FREE = ("simpo", "orpo")
 
-    logps, ref_logps, counts (2B,): rows 0..B-1 chosen, B..2B-1 rejected. beta is the strength of the KL leash:
-    a larger beta keeps the policy nearer to the reference. Starts at ln 2 when policy and reference are equal.
-    A pair without answer tokens (the filler of a ragged last batch) counts as nothing.
+
+def dpo_loss(logps, ref_logps, counts, beta, kind="sigmoid", eps=0.0, gamma=0.0, dpop=0.0):
+    """DPO (Rafailov et al. 2023, eq. 7): -log sigmoid(beta * [(log pi/ref)(chosen) - (log pi/ref)(rejected)]), and its relatives.
+
+    logps, ref_logps, counts (2B,): rows 0..B-1 chosen, B..2B-1 rejected; ref_logps may be None for simpo and orpo. With
+    z = beta * (chosen - rejected) log-ratio:
+        sigmoid       -log s(z)                                          ln 2 when policy and reference are equal
+        cdpo          -(1 - eps) log s(z) - eps log s(-z)                labels wrong with probability eps (Mitchell 2023)
+        robust        [-(1 - eps) log s(z) + eps log s(-z)] / (1 - 2 eps)         the same without bias (Chowdhury et al. 2024, eq. 12)
+        hinge         max(0, 1 - z)                                      SLiC (Zhao et al. 2023, eq. 2)
+        ipo           (z / beta - 1 / (2 beta))^2 per token              (Azar et al. 2023, eq. 17)
+        sigmoid_norm  -log s(z) per token
+        simpo         -log s(z - gamma) per token, no reference          (Meng et al. 2024, eq. 6)
+        orpo          -beta log s(log odds ratio), no reference; its chosen cross-entropy is the script's (Hong et al. 2024, eq. 7)
+    dpop > 0 takes beta * dpop * max(0, log ref/pi (chosen)) off z: no credit for a chosen answer that falls (Pal et al. 2024, eq. 3).
+    A pair without answer tokens (the filler of a ragged last batch) counts as nothing. Raises ValueError for an unknown kind.
     """
     valid = (counts > 0).view(2, -1).all(0)                                            # (B,)
-    chosen, rejected = (beta * (logps - ref_logps)).chunk(2)                           # implicit rewards, eq. 5
-    margin = chosen - rejected
-    loss = -(F.logsigmoid(margin) * valid).sum()
-    c_logp, r_logp = logps.detach().chunk(2)
-    metrics = {"accuracy": ((margin > 0) & valid).sum(), "margin": (margin.detach() * valid).sum(),
-               "chosen_reward": (chosen.detach() * valid).sum(), "rejected_reward": (rejected.detach() * valid).sum(),
-               "chosen_logp": (c_logp * valid).sum(), "rejected_logp": (r_logp * valid).sum()}
-    return loss, valid.sum(), metrics
+    n = counts.clamp(min=1)
+    ratio = logps / n if kind in REFERENCE_FREE else logps - ref_logps                 # (2B,)
+    reward_c, reward_r = (beta * ratio).chunk(2)                                       # implicit rewards, eq. 5
+    c, r = (ratio / n if kind in ("ipo", "sigmoid_norm") else ratio).chunk(2)
+    z = beta * (c - r) - beta * dpop * F.relu(-c)
+    if kind in ("sigmoid", "cdpo", "sigmoid_norm"):
+        losses = -(1 - eps) * F.logsigmoid(z) - eps * F.logsigmoid(-z)
+    elif kind == "robust":
+        losses = (eps * F.logsigmoid(-z) - (1 - eps) * F.logsigmoid(z)) / (1 - 2 * eps)
+    elif kind == "hinge":
+        losses = F.relu(1 - z)
+    elif kind == "ipo":
+        losses = (c - r - 1 / (2 * beta)) ** 2
+    elif kind == "simpo":
+        losses = -F.logsigmoid(z - gamma)
+    elif kind == "orpo":                                     # odds p / (1 - p) of p = exp(mean log-probability)
+        c_odds, r_odds = (a - torch.log(-torch.expm1(a.clamp(max=-1e-6))) for a in (c, r))
+        losses = -beta * F.logsigmoid(c_odds - r_odds)
+    else:
+        raise ValueError(f"unknown kind of preference loss {kind!r}")
+    c, r = reward_c.detach(), reward_r.detach()
+    metrics = {"accuracy": c > r, "margin": c - r, "chosen_reward": c, "rejected_reward": r}
+    for name, values in (("logp", logps.detach()), ("logp_per_token", logps.detach() / n), ("tokens", counts)):
+        metrics[f"chosen_{name}"], metrics[f"rejected_{name}"] = values.chunk(2)
+    return (losses * valid).sum(), valid.sum(), {k: (v * valid).sum() for k, v in metrics.items()}
 
 
-def reward_loss(rewards, lengths, center=0.0):
-    """Bradley-Terry on the score of each row's last real token: -log sigmoid(s_chosen - s_rejected), which is binary
-    cross-entropy of "the chosen one wins" (Ouyang et al. 2022, eq. 1).
+def kto_loss(logps, other_logps, ref_logps, counts, desirable, beta, weights=(1.0, 1.0), share=0.5):
+    """KTO (Ethayarajh et al. 2024, eq. 8): single answers, each labelled good or bad; what counts is whether its reward
+    beta * log pi/ref lies above the usual one, beta * z:
+        desirable w_d (1 - s(reward - beta z))         undesirable w_u (1 - s(beta z - reward))
 
-    rewards (2B, T) per position, lengths (2B,) true lengths, never read off the padding; rows 0..B-1 chosen.
-    Only differences are determined; center > 0 adds center * (s_c + s_r)^2, which pins the free offset near zero
-    (Eisenstein et al. 2023). A row of length 0 (filler) takes its pair out of the sum.
+    logps, desirable (B,): the answers. other_logps (B,): answers that belong to other prompts, behind the same prompts; z =
+    max(0, their mean log pi/ref), an estimate of KL(pi, ref), gets no gradient. ref_logps (2B,): the reference on both.
+    counts (B,): tokens of the answers. share: of desirable rows among all of the update, so that the metrics chosen_* and
+    rejected_*, divided by the number of rows like everything else, are means over their own side.
     """
-    scores = rewards.gather(1, (lengths - 1).clamp(min=0)[:, None]).squeeze(1)         # (2B,)
+    valid, n, B = counts > 0, counts.clamp(min=1), len(logps)
+    z = ((other_logps - ref_logps[B:]) * valid).sum() / valid.sum().clamp(min=1)
+    z = z.detach().clamp(min=0)
+    ratio = logps - ref_logps[:B]
+    side = torch.where(desirable, 1.0, -1.0)
+    losses = torch.where(desirable, *weights) * (1 - torch.sigmoid(side * beta * (ratio - z)))
+    reward = beta * ratio.detach()
+    metrics = {"accuracy": side * (ratio.detach() - z) > 0, "kl": z.expand(B)}
+    for name, values in (("reward", reward), ("logp", logps.detach()), ("logp_per_token", logps.detach() / n), ("tokens", counts)):
+        metrics |= {f"chosen_{name}": values * desirable / max(share, 1e-9), f"rejected_{name}": values * ~desirable / max(1 - share, 1e-9)}
+    metrics["margin"] = metrics["chosen_reward"] - metrics["rejected_reward"]
+    return (losses * valid).sum(), valid.sum(), {k: (v * valid).sum() for k, v in metrics.items()}
+
+
+def score_metrics(scores, valid):
+    """Sums over pairs of what a reward model's scores (2B,), chosen first, say. Accuracy is strict: a tie is a miss."""
+    c, r = scores.detach().chunk(2)
+    metrics = {"accuracy": c > r, "ties": c == r, "chosen_mean_scores": c, "rejected_mean_scores": r, "margin": c - r}
+    return {k: (v * valid).sum() for k, v in metrics.items()}
+
+
+def last_scores(rewards, lengths):
+    """rewards (N, T) per position, true lengths (N,) -> (N,), the score of each row's last real token."""
+    return rewards.gather(1, (lengths - 1).clamp(min=0)[:, None]).squeeze(1)
+
+
+def reward_loss(rewards, lengths, center=0.0, margin=0.0):
+    """Bradley-Terry on the score of each row's last real token: -log sigmoid(s_chosen - s_rejected - margin), which with
+    margin 0 is binary cross-entropy of "the chosen one wins" (Ouyang et al. 2022, eq. 1; margin: Touvron et al. 2023, eq. 2).
+
+    rewards (2B, T) per position, lengths (2B,) true lengths, never read off the padding; rows 0..B-1 chosen. margin: a number
+    or (B,), how far apart the two should be at least. Only differences are determined; center > 0 adds center * (s_c + s_r)^2,
+    which pins the free offset near zero (Eisenstein et al. 2023). A row of length 0 (filler) takes its pair out of the sum.
+    """
+    scores = last_scores(rewards, lengths)                                             # (2B,)
     valid = (lengths > 0).view(2, -1).all(0)
     chosen, rejected = scores.chunk(2)
-    loss = (valid * (center * (chosen + rejected) ** 2 - F.logsigmoid(chosen - rejected))).sum()
-    c, r = chosen.detach(), rejected.detach()
-    metrics = {"accuracy": ((c > r) & valid).sum(), "ties": ((c == r) & valid).sum(),
-               "chosen_mean_scores": (c * valid).sum(), "rejected_mean_scores": (r * valid).sum(),
-               "margin": ((c - r) * valid).sum()}
-    return loss, valid.sum(), metrics
+    loss = (valid * (center * (chosen + rejected) ** 2 - F.logsigmoid(chosen - rejected - margin))).sum()
+    return loss, valid.sum(), score_metrics(scores, valid)
+
+
+def divergence_loss(rewards, ids, lengths, exact=False):
+    """DeepSpeed-Chat's loss, the one of the notes: -log sigmoid(r_chosen,t - r_rejected,t), averaged over the positions t from
+    the first at which the two rows differ to the end of the longer one; then summed over pairs.
+
+    rewards, ids (2B, T), lengths (2B,), chosen first. exact=True is the original to the letter: where one answer has ended, the
+    rewards of its padding are compared and trained; identical pairs cost ln 2 each. Without it an answer that has ended keeps
+    its last score, and identical pairs, which have nothing to teach, count as nothing. Metrics: of the last scores.
+    """
+    T, (c_len, r_len), (c_ids, r_ids) = ids.size(1), lengths.chunk(2), ids.chunk(2)
+    t = torch.arange(T, device=ids.device)
+    differ = c_ids != r_ids                                                            # (B, T)
+    valid, same = (lengths > 0).view(2, -1).all(0), ~differ.any(1)
+    scores = last_scores(rewards, lengths)
+    if not exact:
+        valid = valid & ~same
+        rewards = rewards.gather(1, torch.minimum(t, (lengths - 1).clamp(min=0)[:, None]))
+    first = torch.where(same, T - 1, differ.float().argmax(1))                         # (B,)
+    end = torch.where(same, T, torch.maximum(c_len, r_len))
+    inside = (t >= first[:, None]) & (t < end[:, None])
+    chosen, rejected = rewards.chunk(2)
+    losses = -(F.logsigmoid(chosen - rejected) * inside).sum(1) / inside.sum(1).clamp(min=1)
+    return (losses * valid).sum(), valid.sum(), score_metrics(scores, valid)

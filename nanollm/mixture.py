@@ -95,30 +95,31 @@ class Mixture:
     quota, dealt out at random, so the number of its samples before any place has a closed form and nothing is counted.
 
     sizes: rows of each source. phases: [(until, {name: weight})] as read_phases gives them. total: samples of the run, of
-    which `until` is a share. Row numbers run through the first source, then the second, … as in data.Joined.
+    which `until` is a share. block: samples of a block; fewer than 4,096 keep the shares in a short run, too. Row numbers
+    run through the first source, then the second, … as in data.Joined.
     """
 
-    def __init__(self, sizes, phases, total, seed):
-        self.names, self.sizes, self.seed, self.total = sources_of(phases), np.array(sizes), seed, total
+    def __init__(self, sizes, phases, total, seed, block=BLOCK):
+        self.names, self.sizes, self.seed, self.total, self.width = sources_of(phases), np.array(sizes), seed, total, block
         self.weights = [np.array([weights.get(name, 0.0) for name in self.names]) for _, weights in phases]
         self.begins = np.array([round(until * total) for until, _ in [(0.0, {}), *phases[:-1]]])
         self.ends = np.array([*self.begins[1:], np.iinfo(np.int64).max])   # behind the planned end, as in the last update, the last phase goes on
         self.before = np.zeros((len(phases), len(sizes)), np.int64)        # samples of each source before each phase
         for w in self.weights:
-            for name in [n for n, weight, quota in zip(self.names, w, quotas(w, BLOCK)) if weight and not quota]:
-                raise UserError(f"the weight of {name} is less than one sample in {BLOCK:,}; raise it or leave {name} out")
+            for name in [n for n, weight, quota in zip(self.names, w, quotas(w, self.width)) if weight and not quota]:
+                raise UserError(f"the weight of {name} is less than one sample in {self.width:,}; raise it or leave {name} out")
         for p in range(1, len(phases)):
             self.before[p] = self.counts(self.begins[p], p - 1)
 
     def block(self, phase, b):
         """(samples of each source before block b of the phase, samples of each source in it)."""
-        length = min(BLOCK, int(self.ends[phase] - self.begins[phase]) - b * BLOCK)
-        return self.before[phase] + b * quotas(self.weights[phase], BLOCK), quotas(self.weights[phase], length)
+        length = min(self.width, int(self.ends[phase] - self.begins[phase]) - b * self.width)
+        return self.before[phase] + b * quotas(self.weights[phase], self.width), quotas(self.weights[phase], length)
 
     def counts(self, sample, phase=None):
         """Samples of each source before number `sample`, int64 (S,)."""
         phase = int(np.searchsorted(self.ends, sample, side="right")) if phase is None else phase
-        b, rest = divmod(int(sample - self.begins[phase]), BLOCK)
+        b, rest = divmod(int(sample - self.begins[phase]), self.width)
         before, inside = self.block(phase, b)
         if rest:
             source, _ = dealt(tuple(inside.tolist()), self.key(phase, b))
@@ -126,17 +127,17 @@ class Mixture:
         return before
 
     def key(self, phase, b):
-        return self.seed * 1_000_003 + int(self.begins[phase]) + b * BLOCK
+        return self.seed * 1_000_003 + int(self.begins[phase]) + b * self.width
 
     def __call__(self, samples):
         """Row numbers (int64, as many as samples) of the given sample numbers."""
         source, turn = np.empty(len(samples), np.int64), np.empty(len(samples), np.int64)
         phases = np.searchsorted(self.ends, samples, side="right")
-        blocks = (samples - self.begins[phases]) // BLOCK
+        blocks = (samples - self.begins[phases]) // self.width
         for phase, b in sorted(set(zip(phases.tolist(), blocks.tolist()))):
             here = (phases == phase) & (blocks == b)
             before, inside = self.block(phase, b)
-            of, nth = (x[samples[here] - self.begins[phase] - b * BLOCK] for x in dealt(tuple(inside.tolist()), self.key(phase, b)))
+            of, nth = (x[samples[here] - self.begins[phase] - b * self.width] for x in dealt(tuple(inside.tolist()), self.key(phase, b)))
             source[here], turn[here] = of, before[of] + nth
         rows, first = np.empty(len(samples), np.int64), np.cumsum(self.sizes) - self.sizes
         for s in np.unique(source):

@@ -13,7 +13,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nanollm.by_hand import ONEDNN, LinearByHand, RMSNormByHand, RotateByHand, SwiGLUByHand, SwiGLULinearByHand, by_hand, scaled_dot_product_attention
+from nanollm.by_hand import (LinearByHand, RMSNormByHand, RotateByHand, SwiGLUByHand, SwiGLULinearByHand, by_hand, scaled_dot_product_attention,
+                            step, worth_onednn)
 
 
 @dataclass
@@ -65,7 +66,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         if by_hand(x):
-            return RMSNormByHand.apply(x, self.weight, self.eps)
+            return step(RMSNormByHand, x, self.weight, self.eps)
         return F.rms_norm(x.float(), (x.size(-1),), eps=self.eps).type_as(x) * self.weight
 
 
@@ -81,7 +82,7 @@ def apply_rope(x, cos, sin):
     """Rotate each pair (x_i, x_{i+D/2}) of x (B, H, T, D) by its position's angle; cos and sin are (T, D).
     The dot product of a rotated q and k depends only on the distance of their positions."""
     if by_hand(x):
-        return RotateByHand.apply(x, cos, sin)
+        return step(RotateByHand, x, cos, sin)
     x1, x2 = x.float().chunk(2, dim=-1)
     return (x.float() * cos + torch.cat((-x2, x1), dim=-1) * sin).type_as(x)
 
@@ -103,8 +104,8 @@ class Linear(nn.Linear):
         return self.bias is None and type(self.weight) is nn.Parameter
 
     def forward(self, x):
-        if ONEDNN and x.numel() >= 2**18 and by_hand(x) and self.plain():      # smaller ones gain nothing
-            return LinearByHand.apply(x, self.weight)
+        if by_hand(x) and self.plain() and worth_onednn(x, self.weight):
+            return step(LinearByHand, x, self.weight)
         return F.linear(x, self.weight, self.bias)
 
 
@@ -151,7 +152,7 @@ class Attention(nn.Module):
 
 
 def swiglu(gate, up):
-    return SwiGLUByHand.apply(gate, up) if by_hand(gate) else F.silu(gate) * up
+    return step(SwiGLUByHand, gate, up) if by_hand(gate) else F.silu(gate) * up
 
 
 class FeedForward(nn.Module):
@@ -167,7 +168,7 @@ class FeedForward(nn.Module):
     def forward(self, x):
         gate, up = self.w1(x), self.w3(x)
         if by_hand(gate) and isinstance(self.w2, Linear) and self.w2.plain():
-            return self.dropout(SwiGLULinearByHand.apply(gate, up, self.w2.weight))
+            return self.dropout(step(SwiGLULinearByHand, gate, up, self.w2.weight))
         return self.dropout(self.w2(swiglu(gate, up)))
 
 
@@ -192,6 +193,8 @@ def causal_mask(T, cache=None, segments=None, seen=None, device=None):
     start = cache.length if cache is not None else 0
     if segments is None and (start == 0 or T == 1):          # is_causal does it (it assumes S = T), or a lone query sees all
         return None
+    if T == 1:
+        return segments[:, None, :, None] == seen[:, None, None, :]                       # (B, 1, 1, S)
     mask = torch.ones(T, start + T, dtype=torch.bool, device=device).tril(start)
     return mask if segments is None else mask & (segments[:, None, :, None] == seen[:, None, None, :])     # (B, 1, T, S)
 
@@ -305,8 +308,8 @@ class RewardModel(nn.Module):
 
     checkpointing = property(lambda self: self.backbone.checkpointing, lambda self, on: setattr(self.backbone, "checkpointing", on))
 
-    def forward(self, tokens, segments=None):
-        h = self.backbone.hidden(tokens, segments)                                        # (B, T, C)
+    def forward(self, tokens, segments=None, cache=None):
+        h = self.backbone.hidden(tokens, segments, cache)                                 # (B, T, C)
         with torch.autocast(h.device.type, enabled=False):
             return self.v_head(h.float()).squeeze(-1)                                     # (B, T)
 

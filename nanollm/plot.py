@@ -2,6 +2,7 @@
 
     python -m nanollm.plot out/demo/pretrain                             writes out/demo/pretrain/plot.png
     python -m nanollm.plot out/a out/b out/c --out compare.png           three runs in one picture
+    python -m nanollm.plot out/dpo --keys margin val/chosen_fall         a panel a metric: pale train/…, dots val/…, both if it is a bare name
 
 Everything is read from OUT/metrics.jsonl; the picture is a view of it and can be made again at any time, also of a run that
 is still going.
@@ -23,6 +24,7 @@ class Config:
     runs: list = arg([], "run directories (or metrics.jsonl files); any number of them in one picture")
     out: str = arg("", "the PNG to write; empty = plot.png in the first run's directory")
     names: list = arg([], "what to call the runs, in their order; none = their directories' names")
+    keys: list = arg([], "metrics to draw against updates instead, a panel each; a name without train/ or val/ is both")
     smooth: int = arg(1, "mean over so many records of the training loss and the gradient norm", unit="records", least=1)
 
 
@@ -134,6 +136,35 @@ def picture(runs, smooth=1):
     return fig
 
 
+def panels(runs, keys):
+    """A matplotlib Figure with a panel for each of `keys`, lines against updates. runs: {name: path}. UserError for a metric that no run
+    has logged, and without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError('the picture needs matplotlib: pip install -e ".[plot]"') from None
+    records = {name: [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.endswith("}")] for name, path in runs.items()}
+    columns = min(3, len(keys))
+    fig = Figure(figsize=(4.2 * columns, 3 * -(-len(keys) // columns)), layout="constrained")
+    for k, key in enumerate(keys):
+        ax, drawn = fig.add_subplot(-(-len(keys) // columns), columns, k + 1), False
+        for i, (name, rows) in enumerate(records.items()):
+            for full in (key, f"train/{key}", f"val/{key}"):
+                points = [(r["step"], r[full]) for r in rows if isinstance(r.get(full), (int, float))]
+                held_out = full.startswith("val/")
+                if points:
+                    ax.plot(*zip(*points), color=f"C{i % 10}", marker="o" if held_out else None, ms=3.5, lw=1.6, alpha=1 if held_out or key == full else 0.35,
+                            label=name if held_out or key == full else None)
+                    drawn = True
+        if not drawn:
+            raise UserError(f"--keys {key}: no such metric in {', '.join(map(str, runs.values()))}")
+        ax.set(title=key, xlabel="updates")
+        ax.grid(alpha=0.3)
+        if k == 0 and len(runs) > 1:
+            ax.legend(fontsize=8)
+    return fig
+
+
 def main(cfg):
     if not cfg.runs:
         raise UserError("name one or more run directories: python -m nanollm.plot out/demo/pretrain")
@@ -144,7 +175,7 @@ def main(cfg):
     if len(names) != len(paths) or len(set(names)) < len(names):
         raise UserError(f"--names gives {len(names)} names for {len(paths)} runs; one different name for each, please")
     runs = {name: read(path) for name, path in zip(names, cfg.runs)}
-    fig = picture(runs, cfg.smooth)
+    fig = panels({name: path / "metrics.jsonl" for name, path in zip(names, paths)}, cfg.keys) if cfg.keys else picture(runs, cfg.smooth)
     out = Path(cfg.out or paths[0] / "plot.png")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

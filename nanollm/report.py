@@ -21,7 +21,11 @@ from nanollm.corpus import parts
 from nanollm.log import clock
 
 STAGES = {"pretrain": "Pretraining 预训练", "sft": "Supervised fine-tuning 指令微调",
-          "rm": "Reward model 奖励模型", "dpo": "Direct preference optimisation 偏好优化"}
+          "rm": "Reward model 奖励模型", "dpo": "Direct preference optimisation 偏好优化", "ppo": "PPO 近端策略优化"}
+
+# one column each in the table of the aligned models
+COMPARED = {"exact_match": "exact match", "win_rate": "win rate by the rule", "rule": "the rule's rating", "reward": "reward", "kl": "KL to SFT, nats",
+            "tokens": "tokens an answer", "stop_rate": "ended by itself"}
 
 # key, what it says, its bound in words, and what it is to reach: a number, or the key of the number beside it
 GOALS = [
@@ -34,6 +38,7 @@ GOALS = [
     ("sft.stop_rate", "SFT answers that end by themselves", "≥ 0.99", 0.99),
     ("rm.accuracy", "reward model prefers the better answer", "chance 0.5, ≥ 0.95", 0.95),
     ("dpo.win_rate", "DPO wins against the SFT model", "≥ 0.80", 0.80),
+    ("ppo.win_rate", "PPO wins against the SFT model", "≥ 0.70", 0.70),
     ("mc.accuracy", "multiple choice", "", None),
 ]
 
@@ -86,6 +91,8 @@ def collect(run_dir):
         "sft": {k: get(numbers, f"sft.{k}") for k in ("exact_match", "stop_rate", "by_task")},
         "rm": {k: get(numbers, f"rm.{k}") for k in ("accuracy", "by_why")},
         "dpo": {k: get(numbers, f"dpo.{k}") for k in ("win_rate", "win_rate_before")},
+        "ppo": {k: get(numbers, f"ppo.{k}") for k in ("win_rate", "win_rate_before")},
+        "models": get(numbers, "models") or {},
         "mc": {k: get(numbers, f"mc.{k}") for k in ("accuracy", "chance")},
         "seconds": {name: row.get("seconds") for name, row in stages.items()},
         "peak_rss_mb": {name: row.get("peak_rss_mb") for name, row in stages.items()},
@@ -200,8 +207,8 @@ def goal_rows(report):
             bound += f" {show(limit)}"
         if key == "mc.accuracy":                             # chance is where knowing nothing stands, not a goal
             bound = f"chance {show(report['mc']['chance'])}"
-        if key == "dpo.win_rate":
-            bound = f"itself {show(report['dpo']['win_rate_before'])}, {bound}"
+        if key in ("dpo.win_rate", "ppo.win_rate"):
+            bound = f"itself {show(get(report, key + '_before'))}, {bound}"
         if key == "pretrain.val_loss":                       # here less is better, and 10 % above the floor is the limit
             floor = report["pretrain"]["entropy_floor"]
             above = value / floor - 1 if value is not None and floor else None
@@ -228,6 +235,12 @@ def tables(report, stages):
     if kinds := report["rm"]["by_why"]:
         out.append(("Reward model by what is wrong with the rejected answer 按错处", ("rejected is", "accuracy", "pairs"), [
             (why, show(k["accuracy"]), show(k["n"])) for why, k in kinds.items()]))
+    if models := report["models"]:
+        out.append(("Side by side: the aligned models 各模型并列", ("model", *COMPARED.values()), [
+            (name.upper(), *(show(m.get(key)) for key in COMPARED)) for name, m in models.items()]))
+        chats = [[m["chats"][i]["text"] for m in models.values()] for i in range(len(models["sft"]["chats"]))]
+        out.append(("Sampled chats, temperature 1 采样对话", ("prompt", *(name.upper() for name in models)), [
+            (asked["prompt"], *texts) for asked, texts in zip(models["sft"]["chats"], chats)]))
     rows = [(s["stage"], clock(s.get("seconds") or 0), show(s.get("peak_rss_mb")), s.get("command", "")) for s in stages]
     rows.append(("total", clock(sum(s.get("seconds") or 0 for s in stages)),
                  show(max((s.get("peak_rss_mb") or 0 for s in stages), default=None)), ""))
@@ -280,7 +293,7 @@ svg { width: 100%; height: auto } svg text { font-size: 12px; fill: var(--soft) 
 def page(name, report, curves, stages):
     def cell(header, text):
         body = html.escape(str(text))
-        kind = text.split()[0] if text in ("reached", "not reached") else "text" if header in ("prompt", "before", "after") else ""
+        kind = text.split()[0] if text in ("reached", "not reached") else "text" if header in ("prompt", "before", "after", "SFT", "DPO", "PPO") else ""
         return f'<td class="{kind}">{f"<code>{body}</code>" if header == "command" else body}</td>'
 
     def table(caption, header, rows):

@@ -23,6 +23,7 @@ from nanollm.foreign_tokenizers import build_hf, build_sentencepiece, build_tikt
 
 FORMAT, VERSION = "nanollm-tokenizer", 1
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
+TEMPLATES = ("chatml", "bos", "raw")                                 # how a conversation becomes ids: `frame` below
 MULTIPLE = 64
 UNKNOWN, CONTINUED = "[UNK]", "##"                                   # WordPiece's, as BERT writes them
 
@@ -101,6 +102,7 @@ class Tokenizer:
 
     def __init__(self, spec, raw=b""):
         self.spec, self.raw, self.kind = spec, raw, spec["kind"]
+        self.template = "chatml"                                       # travels with the tokenizer and is no part of its hash
         self.pieces, known, self.encode = BUILD[self.kind](spec, raw)
         self.control = dict(known)                                     # name -> id of all that never comes from text
         size = len(self.pieces)
@@ -117,7 +119,12 @@ class Tokenizer:
         self.added_blank = self.kind == "sentencepiece" and self.token_bytes(self.encode("a")[0]).startswith(b" ")
 
     def __reduce__(self):                                              # so that worker processes can receive it
-        return Tokenizer, (self.spec, self.raw)
+        return Tokenizer, (self.spec, self.raw), {"template": self.template}
+
+    @property
+    def end_id(self):
+        """The token that closes an assistant's turn: the order to stop."""
+        return self.im_end_id if self.template == "chatml" else self.eos_id
 
     def token_bytes(self, i):
         """The bytes an id stands for, perhaps a part of a character; b"" for control tokens."""
@@ -151,7 +158,7 @@ class Tokenizer:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         head = {"format": FORMAT, "version": VERSION, "hash": self.hash, "vocab_size": self.vocab_size,
-                "control": {name: self.control[name] for name in CONTROL}}
+                "template": self.template, "control": {name: self.control[name] for name in CONTROL}}
         (directory / "tokenizer.json").write_text(json.dumps(head | {"spec": self.spec}, ensure_ascii=False),
                                                   encoding="utf-8")
         if self.raw:
@@ -197,7 +204,7 @@ def load(path):
     if not file.is_file():
         raise UserError(f"{path}: no tokenizer here; name a directory with a tokenizer.json, or a .model, .tiktoken "
                         "or .json file")
-    raw, hash = file.read_bytes(), None
+    raw, hash, template = file.read_bytes(), None, "chatml"
     try:
         if file.suffix == ".model":
             spec = sentencepiece_spec(raw)
@@ -208,7 +215,9 @@ def load(path):
             if data.get("format") == FORMAT:
                 if data["version"] != VERSION:
                     raise UserError(f"tokenizer version {data['version']}; this program reads {VERSION}, so update it")
-                spec, hash = data["spec"], data["hash"]
+                spec, hash, template = data["spec"], data["hash"], data.get("template", "chatml")
+                if template not in TEMPLATES:
+                    raise UserError(f"chat template {template!r} is unknown here; update the program")
                 raw = (file.parent / Path(spec["file"]).name).read_bytes() if "file" in spec else b""
             else:
                 spec = {"kind": "hf", "file": "hf_tokenizer.json"}
@@ -219,16 +228,31 @@ def load(path):
         raise UserError(f"{file}: not a whole tokenizer ({type(e).__name__}: {str(e)[:120]})") from None
     if hash not in (None, tok.hash):
         raise UserError(f"{file}: its content does not match its hash; it was edited or cut, restore it or train again")
+    tok.template = template
     return tok
 
 
 # ---- conversations ---------------------------------------------------------------------------------------------------
 
-def render(tok, messages, add_generation_prompt=False):
-    """Messages [{"role", "content"[, "train": 0|1]}] -> (ids, mask), in ChatML:
-    <|im_start|>role\\ncontent<|im_end|>\\n a message, and <|im_start|>assistant\\n where the model is to go on.
+def frame(tok, role):
+    """(ids in front, ids behind) of a message's content in the tokenizer's template; the first one behind an answer is learnt.
 
-    mask[i] is 1 iff ids[i] is content of an assistant message (unless its "train" is 0) or the <|im_end|> closing it:
+    chatml   <|im_start|>role\\ncontent<|im_end|>\\n            the default
+    bos      question<|im_start|>answer<|endoftext|>           baby-llama2-chinese's <bos> and <eos>: one mark between, one behind
+    raw      question answer<|endoftext|>                      plain completion, nothing between
+    """
+    if tok.template == "chatml":
+        return [tok.im_start_id, *tok.encode(role + "\n")], [tok.im_end_id, *tok.encode("\n")]
+    if role == "assistant":
+        return [tok.im_start_id] * (tok.template == "bos"), [tok.eos_id]
+    return [], tok.encode("\n") if role == "system" else []
+
+
+def render(tok, messages, add_generation_prompt=False):
+    """Messages [{"role", "content"[, "train": 0|1]}] -> (ids, mask), each message in its `frame`; with add_generation_prompt
+    also what stands in front of the answer that the model is to give.
+
+    mask[i] is 1 iff ids[i] is content of an assistant message (unless its "train" is 0) or the token closing it:
     the model learns what to say and when to stop, never the questions or the headers. There is no default system
     prompt: what is not in `messages` is not in the ids. Each segment is encoded alone, as at inference, where the
     answer follows a prompt that is tokenised already.
@@ -241,21 +265,32 @@ def render(tok, messages, add_generation_prompt=False):
 
     for message in messages:
         train = message["role"] == "assistant" and message.get("train", 1)
-        add([tok.im_start_id, *tok.encode(message["role"] + "\n")], False)
+        front, behind = frame(tok, message["role"])
         content = message["content"]                                       # text, or ids that were cut to fit already
-        add([*(content if isinstance(content, list) else tok.encode(content)), tok.im_end_id], train)
-        add(tok.encode("\n"), False)
+        add(front, False)
+        add([*(content if isinstance(content, list) else tok.encode(content)), *behind[:1]], train)
+        add(behind[1:], False)
     if add_generation_prompt:
-        add([tok.im_start_id, *tok.encode("assistant\n")], False)
+        add(frame(tok, "assistant")[0], False)
     return ids, mask
 
 
-# The same template for Hugging Face. The line end is an expression, since its Jinja drops one after a block tag.
+# The same templates for Hugging Face. The line end is an expression, since its Jinja drops one after a block tag.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
     "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+BOS_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ '<|im_start|>' }}"
+    "{% generation %}{{ message['content'] + '<|endoftext|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] }}{% if message['role'] == 'system' %}{{ '\n' }}{% endif %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}")
+
+
+def chat_template(tok):
+    """The tokenizer's template in Jinja, for export."""
+    return {"chatml": CHAT_TEMPLATE, "bos": BOS_TEMPLATE, "raw": BOS_TEMPLATE.replace("{{ '<|im_start|>' }}", "")}[tok.template]
 
 
 class StreamDecoder:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole road, from nothing to a chat model, on a laptop CPU.
 #
-#   bash runs/speedrun.sh            the demo: about 6 minutes on 2 cores after installation
+#   bash runs/speedrun.sh            the demo: about 6 minutes on 2 cores after installation, with PPO
 #   bash runs/speedrun.sh --smoke    the same road in under a minute, to see that everything works (it learns little)
 #   bash runs/speedrun.sh --force    redo every step; without it, finished steps are skipped and broken ones go on
 #
@@ -34,11 +34,12 @@ step dedup      prepare_data.py dedup --config "configs/$PRESET/dedup.toml"
 step tokenizer  prepare_data.py tokenizer --config "configs/$PRESET/tokenizer.toml"
 step tokenize   prepare_data.py tokenize --config "configs/$PRESET/tokenize.toml"
 
-# 3. Training: pretraining, supervised fine-tuning, reward model, DPO.
+# 3. Training: pretraining, supervised fine-tuning, reward model; then two ways from the SFT model on, DPO and PPO.
 step pretrain   train_pretrain.py --config "configs/$PRESET/pretrain.toml" --resume auto
 step sft        train_sft.py --config "configs/$PRESET/sft.toml" --resume auto
 step rm         train_rm.py --config "configs/$PRESET/rm.toml" --resume auto
 step dpo        train_dpo.py --config "configs/$PRESET/dpo.toml" --resume auto
+step ppo        train_ppo.py --config "configs/$PRESET/ppo.toml" --resume auto
 
 # 4. Measure every stage against the truth of the demo world, and write report.json, report.md, report.html.
 step evaluate   evaluate.py --task demo --run_dir "$RUN"

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))                               # the training scrip
 from nanollm import checkpoint
 from nanollm.corpus.bpe import train_bpe
 from nanollm.corpus.pack import write_tokens
-from nanollm.model import ModelArgs, Transformer
+from nanollm.model import ModelArgs, RewardModel, Transformer
 from nanollm.tokenizer import bpe_tokenizer, pattern_for
 
 torch.set_num_threads(1)
@@ -86,6 +86,11 @@ def tiny_lm(seed=0, **changes):
     return model.eval()
 
 
+def tiny_rm(seed=1):
+    torch.manual_seed(seed)
+    return RewardModel(tiny_lm().args).eval()
+
+
 def write_jsonl(path, rows):
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if str(path).endswith(".gz"):
@@ -96,7 +101,7 @@ def write_jsonl(path, rows):
 
 
 def write_world(root, n_train=60, n_val=12):
-    """root/{tokens/, chats.jsonl, chats_val.jsonl, pairs.jsonl, pairs_val.jsonl, base/step_…} -> root."""
+    """root/{tokens/, chats.jsonl, chats_val.jsonl, pairs.jsonl, pairs_val.jsonl, base/step_…, rm/step_…} -> root."""
     tok = tiny_tokenizer()
     (root / "tokens").mkdir(parents=True)
     tok.save(root / "tokens" / "tokenizer")
@@ -107,6 +112,7 @@ def write_world(root, n_train=60, n_val=12):
     write_jsonl(root / "pairs.jsonl", pairs(n_train))
     write_jsonl(root / "pairs_val.jsonl", pairs(n_train + 3)[n_train:])         # fewer than two batches: one rank has none
     checkpoint.save(root / "base", 7, tiny_lm(), tok, "pretrain", None)
+    checkpoint.save(root / "rm", 5, tiny_rm(), tok, "rm", None)
     return root
 
 
@@ -126,13 +132,15 @@ COMMON = dict(device="cpu", max_steps=3, batch_size=2, gradient_accumulation_ste
 
 
 def options(stage, world, out_dir, **changes):
-    """Keyword arguments for a script's Config: a run of seconds on `world`. stage: pretrain, sft, rm, dpo."""
+    """Keyword arguments for a script's Config: a run of seconds on `world`. stage: pretrain, sft, rm, dpo, ppo."""
     if stage == "pretrain":
         own = {"data": str(world / "tokens"), "rows": "documents", "eval_batches": 2, **SHAPE}
     else:
         kind = "chats" if stage == "sft" else "pairs"
         own = {"data": [str(world / f"{kind}.jsonl")], "val_data": [str(world / f"{kind}_val.jsonl")],
-               "init_from": str(world / "base"), "epochs": 0.0, **({} if stage == "rm" else {"sample_prompts": ["Hi"]})}
+               "init_from": str(world / "base"), "epochs": 0.0, **({} if stage in ("rm", "ppo") else {"sample_prompts": ["Hi"]})}
+    if stage == "ppo":
+        own |= {"reward": str(world / "rm"), "max_new_tokens": 12, "eval_prompts": 5}
     return {**COMMON, **own, "out_dir": str(out_dir), **changes}
 
 

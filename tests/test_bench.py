@@ -8,10 +8,11 @@ import types
 import pytest
 import torch
 
-from bench import ddp, parallel, precision, road, step, time_to_loss
-from conftest import ROOT, flags, options, run_ranks, stories, tiny_tokenizer
-from learn.experiments import architectures, curriculum, long_context
+from bench import ddp, dpo, parallel, precision, road, rollout, sft, step, time_to_loss
+from conftest import ROOT, chats, flags, options, pairs, run_ranks, stories, tiny_lm, tiny_tokenizer, write_jsonl
+from learn.experiments import architectures, curriculum, distillation, leash, long_context
 from nanollm import checkpoint, config, dist, evaluation
+from nanollm import world as demo_world
 from nanollm.corpus.pack import write_tokens
 
 STAMP = {"cpu", "cores", "torch", "python", "date"}
@@ -159,3 +160,67 @@ def test_the_experiment_on_long_contexts(tmp_path, monkeypatch):
     long_context.main(long_context.Config(data=str(tmp_path), steps=2, more=1, out=str(tmp_path / "l.json")))
     found = read(tmp_path / "l.json")
     assert len(found["scaling"]) == 4 and len(found["streaming"]) == 3 and len(found["attention on the first token"]) == 3
+
+
+def test_the_rollout_benchmark_compares_the_same_model(tmp_path):
+    """Greedy answers of both sides are equal, token by token, with prompts of several lengths; one ratio a shape."""
+    cfg = rollout.Config(shapes=["32x1"], prompt_tokens=6, new_tokens=4, batch_size=3, rounds=1, threads=1, out=str(tmp_path / "rollout.json"))
+    rollout.main(cfg)
+    found = read(tmp_path / "rollout.json")
+    assert STAMP <= found.keys() and found["results"]["32x1"]["greedy_tokens_equal"] == 1 and found["results"]["32x1"]["ratio"] > 0
+
+
+def test_the_experiment_without_a_leash(world, tmp_path):
+    """Two seeds of each beta: reward, the rule's rating and the KL at each look, 0 at the first."""
+    own = options("ppo", world, tmp_path / "none")
+    preset = "".join(f"{key} = {json.dumps(own[key])}\n" for key in ("data", "val_data", "init_from", "reward", "max_new_tokens", "batch_size", "warmup_steps"))
+    (tmp_path / "ppo.toml").write_text(preset, encoding="utf-8")
+    rows = write_jsonl(tmp_path / "rows.jsonl", demo_world.preference_rows(4, "val"))
+    leash.main(leash.Config(preset=str(tmp_path / "ppo.toml"), data=rows, seeds=2, max_steps=2, every=1, more=["eval_prompts=3", "device=cpu"],
+                            runs=str(tmp_path / "runs"), out=str(tmp_path / "leash.json"), picture=str(tmp_path / "leash.png")))
+    found = read(tmp_path / "leash.json")
+    assert STAMP <= found.keys() and found["results"].keys() == {"0.05", "0"} and (tmp_path / "leash.png").stat().st_size > 1000
+    for steps in found["results"].values():
+        assert [len(points) for points in steps.values()] == [2, 2, 2] and steps["0"][0]["kl"] == 0 and {"reward", "rating", "win_rate"} <= steps["0"][0].keys()
+
+
+@pytest.mark.parametrize("side", ["ours", "ours, precomputed", "ours, prompts in place"])
+def test_a_row_of_the_dpo_benchmark(tmp_path, capsys, side):
+    tiny_tokenizer().save(tmp_path / "dpo_tokenizer")
+    data = write_jsonl(tmp_path / "pairs.jsonl", pairs(12))
+    dpo.measure(dpo.Config(data=[data], out=str(tmp_path / "dpo.json"), updates=2, warmup=1, accumulation=1, dim=16, n_layers=1, n_heads=2, seq_len=64, threads=1), side)
+    record = json.loads(capsys.readouterr().out)
+    assert record["side"] == side and record["pairs_per_s"] > 0
+
+
+def test_the_sft_benchmark_measures_both_kinds_of_rows_and_prints_the_ratios(tmp_path, monkeypatch, capsys):
+    """Our two sides for real, on toy shapes; then a table of made-up workers: each ratio is the median of the rounds' own."""
+    words = dict(data=[write_jsonl(tmp_path / "c.jsonl", chats(20))], dim=16, n_layers=1, n_heads=2, seq_len=160, batch_size=2, accumulation=2, updates=2,
+                 warmup=1, threads=1, out=str(tmp_path / "sft.json"))
+    tiny_tokenizer().save(tmp_path / "sft_tokenizer")
+    for side in ("ours, packed", "ours, a chat a row"):
+        sft.measure(sft.Config(**words), side)
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert all(r["supervised_per_s"] > 0 for r in records) and records[0]["supervised_an_update"] > 1.5 * records[1]["supervised_an_update"]
+    speeds = iter([900, 300, 200, 60, 10, 10])
+
+    def worker(command, **k):
+        record = {"side": command[command.index("--worker") + 1], "supervised_per_s": next(speeds), "supervised_an_update": 9, "seconds_an_update": 1,
+                  "peak_rss_mb": 1}
+        return types.SimpleNamespace(returncode=0, stdout=json.dumps(record))
+    monkeypatch.setattr(sft.subprocess, "run", worker)
+    monkeypatch.setattr(sft.importlib.metadata, "version", lambda name: "0")
+    sft.main(sft.Config(**words, sides=["ours, packed", "trl, packed"], vocab_size=300, rounds=3))
+    assert "| ours, packed / trl, packed | 3.00 |" in capsys.readouterr().out and STAMP <= read(tmp_path / "sft.json")["setting"].keys()
+    with pytest.raises(config.UserError, match="--sides 'x' is unknown"):
+        sft.main(sft.Config(**words, sides=["x"]))
+
+
+def test_the_experiment_on_distillation(world, tmp_path, capsys):
+    """Two seeds with and without the teacher: each arm's loss and its difference to the text alone, which differs from itself by 0."""
+    teacher = str(checkpoint.save(tmp_path / "teacher", 1, tiny_lm(max_seq_len=256), tiny_tokenizer(), "pretrain", None))
+    arms = ["text alone", "forward, T 1"]
+    distillation.main(distillation.Config(teacher=teacher, data=str(world / "tokens"), dim=16, steps=4, seeds=2, arms=arms, out=str(tmp_path / "kd.png")))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "seed by seed" in line]
+    assert [line[:13].strip() for line in lines] == arms and "seed by seed 0.0000 ± 0.0000" in lines[0] and "seed by seed 0.0000 ± 0.0000" not in lines[1]
+    assert (tmp_path / "kd.png").stat().st_size > 1000

@@ -428,8 +428,8 @@ def test_a_pair_loses_old_turns_then_the_question_but_never_its_answers(tok):
 def test_dpo_and_reward_batches_hold_chosen_first_and_end_at_the_turn(tok):
     """Targets spell the answers and their <|im_end|>; the reward model's last id is that <|im_end|>, nothing after it."""
     rows = PreferenceRows([(f"r:{i}", r) for i, r in enumerate(pairs(4))], tok, 64)
-    x, y = rows.batch([2, 0])
-    ids, lengths = rows.scored_batch([2, 0])
+    x, y, *_ = rows.batch([2, 0])
+    ids, lengths, *_ = rows.scored_batch([2, 0])
     for b, (i, side) in enumerate([(2, "chosen"), (0, "chosen"), (2, "rejected"), (0, "rejected")]):
         answer = [*tok.encode(pairs(4)[i][side]), tok.im_end_id]
         prompt = render(tok, pairs(4)[i]["prompt"], True)[0]

@@ -45,11 +45,11 @@ def stage_of(name, folder):
     data = PreferenceRows([(str(i), r) for i, r in enumerate(pairs(40))], tok, 64)
     if name == "rm":
         torch.manual_seed(7)
-        return (RewardModel(tiny_lm().args), lambda m, ids, n: train_rm.pair_loss(m, ids, n, 0.01), data, data.scored_batch,
+        return (RewardModel(tiny_lm().args), lambda m, *b: train_rm.pair_loss(m, train_rm.Config(center=0.01), *b), data, data.scored_batch,
                 lambda b: (b[1] > 0).sum() // 2)
     model = tiny_lm(7)
     reference = tiny_lm(8).requires_grad_(False)
-    return (model, lambda m, x, y: train_dpo.preference_loss(m, reference, x, y, 0.1), data, data.batch,
+    return (model, lambda m, *b: train_dpo.preference_loss(m, reference, train_dpo.Config(), *b), data, data.batch,
             lambda b: (b[1] != IGNORE_INDEX).any(1).sum() // 2)
 
 

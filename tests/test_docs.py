@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanollm import config, losses, optim
+import train_ppo
+from nanollm import config, evaluation, losses, optim, rl, rollout
 from nanollm.corpus import minhash
 from nanollm.model import ModelArgs
 from nanollm.tools import results
@@ -136,11 +137,19 @@ def test_every_logged_metric_is_explained_on_its_page():
     """What the losses report, and the keys that every training script writes, stand in backticks in both languages."""
     pairs = torch.zeros(4), torch.zeros(4), torch.ones(4), 0.1
     _, _, of_dpo = losses.dpo_loss(*pairs)
+    _, _, of_kto = losses.kto_loss(*torch.zeros(2, 2), torch.zeros(4), torch.ones(2), torch.tensor([True, False]), 0.1)
     _, _, of_rm = losses.reward_loss(torch.zeros(4, 3), torch.full((4,), 3))
+    zeros, mask = torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.bool)
+    of_actor, of_critic = rl.ppo_policy_loss(zeros, zeros, zeros, mask)[2], rl.ppo_value_loss(zeros, zeros, zeros, mask)[2]
+    batch = {"targets": mask.long(), "scores": zeros[0], "old": zeros, "ref": zeros, "ended": mask[0]}
+    of_rollout = rollout.shape(batch, train_ppo.Config(), rollout.State(beta=0.1, mean=0.0, std=1.0, limit=5.0))[2]
+    of_val = evaluation.reward_report(torch.zeros(2, 4, dtype=torch.float64)).keys() - of_rm.keys()
     want = {"pretrain": ["train/loss", "val/loss", "val/bits_per_byte", "lr", "grad_norm", "tokens", "tokens_per_s",
                          "samples"],
-            "sft": ["train/loss", "val/loss", "val/perplexity"], "dpo": [f"train/{k}" for k in ("loss", *of_dpo)],
-            "reward_model": [f"train/{k}" for k in ("loss", *of_rm)] + ["val/longer_wins"]}
+            "sft": ["train/loss", "val/loss", "val/perplexity"], "dpo": [f"train/{k}" for k in ("loss", *of_dpo, *of_kto)] + ["val/chosen_fall"],
+            "reward_model": [f"train/{k}" for k in ("loss", *of_rm)] + [f"val/{k}" for k in of_val],
+            "ppo": [f"train/{k}" for k in ("loss", "entropy", "updates", "beta", "explained_variance", "frac_zero_std", "value_loss", *of_actor, *of_critic, *of_rollout)],
+            "distillation": ["train/ce", "train/kd"]}
     for name, keys in want.items():
         for page in (ROOT / "docs" / f"{name}.md", ROOT / "docs" / "zh" / f"{name}.md"):
             missing = [k for k in keys if f"`{k}`" not in text_of(page)]

@@ -249,8 +249,8 @@ def test_evaluate_refuses_in_one_sentence_what_it_cannot_measure(runs):
 def test_the_demo_task_measures_the_whole_road_against_the_worlds_truth(tmp_path, tok, monkeypatch):
     """Untrained checkpoints: every key of the report is filled, the floor is the mean -log p of the very validation
     documents, the sampled answers are independent (three seeds), and two runs write the same numbers."""
-    answers, seeds = evaluation.answers, []
-    monkeypatch.setattr(evaluation, "answers", lambda model, tok, prompts, n, temperature=0.0, seed=0, *rest, **kw: (
+    answers, seeds = evaluation.answer_ids, []
+    monkeypatch.setattr(evaluation, "answer_ids", lambda model, tok, prompts, n, temperature=0.0, seed=0, *rest, **kw: (
         seeds.append(seed) if temperature == 1 else None, answers(model, tok, prompts, n, temperature, seed, *rest, **kw))[1])
     demo_world.write(tmp_path / "raw", "smoke", 0)
     documents = list(demo_world.documents(40, seed=3))
@@ -274,3 +274,23 @@ def test_the_demo_task_measures_the_whole_road_against_the_worlds_truth(tmp_path
     for key in ("sft.exact_match", "sft.stop_rate", "rm.accuracy", "dpo.win_rate", "dpo.win_rate_before", "mc.accuracy"):
         assert 0 <= report.get(numbers, key) <= 1
     assert numbers["mc"]["chance"] == 0.25 and abs(numbers["dpo"]["win_rate_before"] - 0.5) < 0.3
+    assert set(numbers["models"]) == {"sft", "dpo"} and numbers["ppo"]["win_rate"] is None
+    checkpoint.save(tmp_path / "ppo", 1, tiny_lm(1, max_seq_len=512), tok, "ppo", None)
+    evaluate.main(cfg)
+    models = report.write(tmp_path)["models"]
+    assert set(models) == {"sft", "dpo", "ppo"} and all(len(m["chats"]) == 5 for m in models.values())
+    assert models["sft"]["kl"] == 0 < models["dpo"]["kl"] and models["ppo"]["kl"] == 0             # "ppo" holds the SFT model's weights
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Side by side" in page and "<th>PPO</th>" in page
+
+
+def test_how_far_a_model_went_is_the_mean_log_ratio_of_its_own_answers(tok):
+    """KL, reward and length against plain forward passes, of answers that ended and of one that did not; zero from itself."""
+    model, base, reward = tiny_lm(1), tiny_lm(2), RewardModel(ModelArgs(**{**SHAPE, "vocab_size": tok.vocab_size})).eval()
+    prompts, answers = [[5, 6, 7], [8, 9], [10]], [([11, 12], True), ([13], True), ([14, 15, 16], False)]
+    full = [ids + [tok.im_end_id] * ended for ids, ended in answers]
+    ratios = [(by_hand(base, p, a).sum() - by_hand(model, p, a).sum()).item() for p, a in zip(prompts, full)]
+    far = evaluation.away_from(base, model, reward, tok, prompts, answers)
+    assert far["kl"] == pytest.approx(sum(ratios) / 3, abs=1e-4) and far["tokens"] == (3 + 2 + 3) / 3
+    assert far["reward"] == pytest.approx(sum(reward(torch.tensor([p + a]))[0, -1].item() for p, a in zip(prompts, full)) / 3, abs=1e-5)
+    assert evaluation.away_from(model, model, reward, tok, prompts, answers)["kl"] == 0

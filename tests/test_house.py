@@ -16,8 +16,8 @@ ALL = [p for folder in ("", "nanollm", "tests", "bench", "learn", "runs", "examp
 
 # A file imports only from lower layers. config holds UserError and is below everything; peft knows only tensors, and
 # checkpoint and hf need it, so it stands on layer 1. parallel knows torch only; dist hands over to it under its flags.
-LAYERS = {"config": -2, "by_hand": -2, "parallel": -1, "zero": -1, "dist": 0, "losses": 0, "foreign_tokenizers": 0, "model": 1, "tokenizer": 1, "optim": 1, "log": 1, "peft": 1, "sampler": 0, "mixture": 1,
-          "data": 2, "generate": 2, "checkpoint": 2, "hf": 2, "evaluation": 3, "report": 3, "world": 3, "curriculum": 3, "env": 1, "plot": 2, "plan": 3}
+LAYERS = {"config": -2, "by_hand": -2, "parallel": -1, "zero": -1, "dist": 0, "losses": 0, "foreign_tokenizers": 0, "model": 1, "tokenizer": 1, "optim": 1, "log": 1, "peft": 1, "rl": 1, "rollout": 3, "sampler": 0, "mixture": 1,
+          "data": 2, "pairs": 2, "generate": 2, "checkpoint": 2, "hf": 2, "evaluation": 3, "report": 3, "world": 3, "curriculum": 3, "distill": 3, "preferences": 4, "env": 1, "plot": 2, "plan": 3}
 CORE = {"torch", "numpy", "tiktoken", "sentencepiece", "datasketch", "pyarrow", "tqdm", "regex"}      # regex comes with tiktoken
 OPTIONAL = {"matplotlib", "safetensors", "trafilatura", "jieba", "ray", "tensorboard"}
 
@@ -68,7 +68,7 @@ def test_a_file_imports_only_from_layers_below_its_own(path):
         elif layer == "variants":
             assert own >= 2, f"{name(path)} (layer {own}) imports {dotted}: the model knows nothing of its variants"
         elif layer == "corpus":
-            assert own == 3, f"{name(path)} (layer {own}) imports {dotted}: only layer 3 and scripts use corpus/"
+            assert own >= 3, f"{name(path)} (layer {own}) imports {dotted}: only layer 3 and scripts use corpus/"
         else:
             assert isinstance(layer, (int, float)) and layer < own, f"{name(path)} (layer {own}) imports {dotted} (layer {layer})"
 
@@ -172,10 +172,10 @@ def test_all_training_scripts_have_the_blocks_of_the_loop():
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=name)
 def test_a_script_is_short_and_importable(path):
-    """At most 250 lines (prepare_data.py has a dozen commands: 300); importing it runs nothing; main(cfg), Config and a docstring
+    """At most 270 lines (prepare_data.py has a dozen commands: 310); importing it runs nothing; main(cfg), Config and a docstring
     are there."""
     source = path.read_text(encoding="utf-8")
-    assert len(source.splitlines()) <= (300 if path.stem == "prepare_data" else 250)
+    assert len(source.splitlines()) <= (310 if path.stem == "prepare_data" else 270)
     assert source.rstrip().splitlines()[-2].startswith('if __name__ == "__main__":') or "if __name__ ==" in source
     module = importlib.import_module(path.stem)
     assert callable(module.main) and module.__doc__
@@ -196,17 +196,17 @@ CORPUS_CORE = {"clean.py", "bpe.py", "stage.py"}       # the rest of corpus/ is 
 
 
 def test_the_road_stays_readable():
-    """model.py at most 400 lines; what one must read to follow a text from prepare_data.py to chat.py about 3,250 lines of
-    package and 1,700 of scripts; no line too wide. Aside stand the demo world, pictures, evaluation, interchange, planner, slices and
+    """model.py at most 400 lines; what one must read to follow a text from prepare_data.py to chat.py about 3,770 lines of
+    package and 2,050 of scripts; no line too wide. Aside stand the demo world, pictures, evaluation, interchange, planner, slices and
     variants; the corpus tools at scale; corpus/edits.py, the rules of cleaning, which one looks up and does not read; and
-    mixture.py, which only a run with --mix, --phases or --curriculum comes to."""
+    mixture.py, distill.py and preferences.py, which only runs with their options come to; and reinforcement learning."""
     def length(paths):
         return sum(len(p.read_text(encoding="utf-8").splitlines()) for p in paths)
     assert length([ROOT / "nanollm" / "model.py"]) <= 400
-    assert length(SCRIPTS) <= 1700
-    aside = {"tools", "variants", "world.py", "report.py", "evaluation.py", "hf.py", "peft.py", "foreign_tokenizers.py", "curriculum.py", "mixture.py", "parallel.py", "zero.py", "by_hand.py",
-             "plan.py", "plot.py", "env.py"}
-    assert length(p for p in PACKAGE if not aside & set(p.parts) and (p.parent.name != "corpus" or p.name in CORPUS_CORE)) <= 3250
+    assert length(SCRIPTS) <= 2050
+    aside = {"tools", "variants", "world.py", "report.py", "evaluation.py", "hf.py", "peft.py", "foreign_tokenizers.py", "curriculum.py", "distill.py", "preferences.py", "mixture.py", "parallel.py", "zero.py", "by_hand.py",
+             "plan.py", "plot.py", "env.py", "rl.py", "rollout.py"}
+    assert length(p for p in PACKAGE if not aside & set(p.parts) and (p.parent.name != "corpus" or p.name in CORPUS_CORE)) <= 3770
     assert all(len(line) <= 160 for p in [*PACKAGE, *SCRIPTS] for line in p.read_text(encoding="utf-8").splitlines())
 
 

@@ -243,7 +243,8 @@ def test_every_script_runs_in_slices(runs, variant, layout):
         ties = {"val/accuracy", "train/accuracy"} if variant == "dpo" and a["step"] < 2 else set()      # policy = reference: rounding decides
         for key in b.keys() - ties:
             if key.startswith(("train/", "val/")) or key in ("grad_norm", "lr", "tokens"):
-                assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-6), (key, a["step"])
+                small = 1e-5 if "reward" in key or "margin" in key else 1e-6       # beta * the difference of two sums of -150
+                assert a[key] == pytest.approx(b[key], rel=1e-5, abs=small), (key, a["step"])
     assert largest_difference(weights(runs / f"{variant}-{layout}"), weights(runs / f"{variant}-alone")) < 1e-4
     if variant == "sft-lora":
         assert largest_difference(weights(runs / f"{variant}-{layout}" / "merged"), weights(runs / f"{variant}-alone" / "merged")) < 1e-4

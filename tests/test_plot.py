@@ -88,3 +88,14 @@ def test_what_cannot_be_drawn_is_said_in_one_sentence(tmp_path, monkeypatch):
                         else real(name, *rest, **kw))
     with pytest.raises(config.UserError, match=r"\[plot\]"):
         plot.main(config.parse(plot.Config, [run]))
+
+
+def test_a_panel_for_each_metric(tmp_path):
+    """Two runs, a bare name (train pale, val with dots) and a full one: so many lines; a metric that nobody logged is a sentence."""
+    runs = {name: write_run(tmp_path / name) / "metrics.jsonl" for name in "ab"}
+    left, right = plot.panels(runs, ["loss", "val/loss"]).axes
+    assert (len(left.lines), len(right.lines)) == (4, 2) and right.lines[0].get_xydata().tolist() == [[0, 8], [5, 8 / 6], [10, 8 / 11]]
+    plot.main(plot.Config([str(tmp_path / "a")], out=str(tmp_path / "x.png"), keys=["grad_norm"]))
+    assert (tmp_path / "x.png").stat().st_size > 1000
+    with pytest.raises(config.UserError, match="no such metric"):
+        plot.panels(runs, ["val/margin"])

@@ -32,7 +32,9 @@ def road(tmp_path):
     put("eval.json", {"pretrain": {"val_loss": 0.549, "entropy_floor": 0.5, "bits_per_byte": 0.3, "by_kind": {
                           "copy": {"loss": 0.25, "floor": 0.0, "tokens": 1234}}},
                       "sft": {"exact_match": 0.5, "stop_rate": 1.0, "by_task": {"sum": {"exact_match": 0.5, "n": 8}}},
-                      "rm": {"accuracy": 0.96}, "dpo": {"win_rate": 0.9, "win_rate_before": 0.5}, "mc": {"accuracy": 0.4, "chance": 0.25}})
+                      "rm": {"accuracy": 0.96}, "dpo": {"win_rate": 0.9, "win_rate_before": 0.5}, "mc": {"accuracy": 0.4, "chance": 0.25},
+                      "models": {name: {"exact_match": 0.5, "win_rate": 0.5, "kl": kl, "chats": [{"prompt": "<i>Q</i>", "text": f"said by {name}"}]}
+                                 for name, kl in (("sft", 0.0), ("dpo", 7.25))}})
     for stage in report.STAGES:
         (tmp_path / stage).mkdir()
         write_jsonl(tmp_path / stage / "metrics.jsonl", [
@@ -83,6 +85,7 @@ def test_the_page_is_one_file_that_needs_nothing_else(road):
     for word in ("Learning rate", "Gradient norm", "Reward margin", "entropy floor", "python train_sft.py"):
         assert word in page
     assert "python train_sft.py" in markdown and "1,234" in markdown
+    assert "said by sft" in page and "said by dpo" in markdown and "7.25" in markdown and "<i>Q</i>" not in page           # side by side
 
 
 def test_the_floor_and_the_curve_are_drawn_where_their_numbers_are():

@@ -1,4 +1,4 @@
-"""The four training scripts as a user runs them: three real steps in one process and in two, refusals in one sentence,
+"""The training scripts as a user runs them: three real steps in one process and in two, refusals in one sentence,
 and a kill -9 that leaves no trace in the result."""
 import io
 import json
@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import train_dpo
+import train_ppo
 import train_pretrain
 import train_rm
 import train_sft
@@ -27,17 +28,24 @@ from nanollm.model import RewardModel
 from nanollm.optim import update
 from nanollm.tokenizer import bpe_tokenizer
 
-SCRIPTS = {"pretrain": train_pretrain, "sft": train_sft, "rm": train_rm, "dpo": train_dpo}
+SCRIPTS = {"pretrain": train_pretrain, "sft": train_sft, "rm": train_rm, "dpo": train_dpo, "ppo": train_ppo}
 LORA = dict(peft="lora", lora_rank=4)
 VARIANTS = {"pretrain": {}, "pretrain-muon-dropout": {"optimizer": "muon", "dropout": 0.1}, "sft": {},
-            "sft-lora": {**LORA, "lora_dropout": 0.1}, "rm": {}, "dpo": {}, "dpo-lora": LORA, "dpo-rpo": {"rpo_alpha": 0.5}}
+            "sft-lora": {**LORA, "lora_dropout": 0.1}, "rm": {}, "dpo": {}, "dpo-lora": LORA, "dpo-rpo": {"rpo_alpha": 0.5},
+            "ppo": {}, "ppo-lora": {**LORA, "target_kl": 6.0}, "ppo-grpo": {"algorithm": "grpo", "group": 3},
+            "sft-mix": {"data": ["chats.jsonl:0.7", "chats_val.jsonl:0.3"], "format": "bos", "truncate": "keep_start"}, "dpo-kto": {"loss": "kto"},
+            "dpo-cached": {"precompute_ref": True, "pair_curriculum": 1.0, "loss": "ipo"}, "rm-divergence": {"loss": "divergence"}, "sft-alone": {"pack": False}}
 
 
 def start(variant, world, out_dir, **changes):
     """Run the script of a variant in this process. Returns its metrics."""
     stage = variant.split("-")[0]
-    script = SCRIPTS[stage]
-    script.main(script.Config(**{**options(stage, world, out_dir), **VARIANTS[variant], **changes}))
+    script, more = SCRIPTS[stage], dict(VARIANTS[variant])
+    if "data" in more:
+        more["data"] = [str(world / word) for word in more["data"]]
+    if stage == "dpo":
+        more["ref_cache"] = str(out_dir / "reference")
+    script.main(script.Config(**{**options(stage, world, out_dir), **more, **changes}))
     return metrics(out_dir)
 
 
@@ -47,7 +55,8 @@ def train_lines(records):
 
 # ---- three steps ---------------------------------------------------------------------------------------------------
 
-TWO_RANK_RUNS = {"pretrain": {}, "sft": {}, "rm": {}, "dpo": {}, "sft-lora": {"lora_dropout": 0.0}, "dpo-lora": {}, "dpo-rpo": {}}
+TWO_RANK_RUNS = {"pretrain": {}, "sft": {}, "rm": {}, "dpo": {}, "sft-lora": {"lora_dropout": 0.0}, "dpo-lora": {}, "dpo-rpo": {}, "ppo": {}, "ppo-grpo": {},
+                 "sft-mix": {}, "dpo-kto": {}, "dpo-cached": {}, "rm-divergence": {}, "sft-alone": {}}
 
 
 def worker(out):
@@ -99,12 +108,13 @@ def test_three_real_steps_write_metrics_and_a_checkpoint(alone, variant):
     lines = train_lines(records)
     assert [r["step"] for r in lines] == [1, 2, 3]
     for r in lines:
-        assert {"train/loss", "lr", "grad_norm", "tokens", "tokens_per_s"} <= r.keys() and r["train/loss"] > 0 and r["grad_norm"] > 0
+        assert {"train/loss", "lr", "grad_norm", "tokens", "tokens_per_s"} <= r.keys() and r["grad_norm"] > 0
+        assert r["train/loss"] > 0 or variant.startswith("ppo"), "only an advantage can be negative"
     evaluations = [r for r in records if "val/loss" in r]
     assert [r["step"] for r in evaluations] == [0, 3]
     model, tok, meta = checkpoint.load(out)
-    assert (meta["stage"], meta["step"]) == (variant.split("-")[0], 3) and meta["head"] == ("reward" if variant == "rm" else "lm")
-    if variant != "rm":
+    assert (meta["stage"], meta["step"]) == (variant.split("-")[0], 3) and meta["head"] == ("reward" if variant.startswith("rm") else "lm")
+    if not variant.startswith("rm"):
         assert all({"prompt", "text"} == s.keys() for s in evaluations[-1]["samples"]) and evaluations[-1]["samples"]
     if "-lora" in variant:
         assert meta["lora"]["r"] == 4
@@ -180,7 +190,7 @@ def test_merge_on_save_writes_a_plain_model_that_computes_the_same(world, tmp_pa
     assert largest_difference(merged[0].state_dict(), tiny_lm().state_dict()) > 0
 
 
-@pytest.mark.parametrize("stage", ["rm", "dpo"])
+@pytest.mark.parametrize("stage", ["rm", "dpo", "ppo"])
 def test_dropout_stays_off_where_two_answers_are_compared(tmp_path, stage):
     """A base trained with dropout 0.5, and evaluation (which could switch it back on) after every step: two runs that
     differ only in their random numbers are equal."""
@@ -196,7 +206,8 @@ def test_dropout_stays_off_where_two_answers_are_compared(tmp_path, stage):
             return result
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(checkpoint.Saver, "resume", noisy)
-            runs.append([r["train/loss"] for r in train_lines(start(stage, world, tmp_path / str(noise), eval_every=1))])
+            more = {"critic": str(world / "base")} if stage == "ppo" else {}
+            runs.append([r["train/loss"] for r in train_lines(start(stage, world, tmp_path / str(noise), eval_every=1, **more))])
     assert runs[0] == runs[1]
 
 
@@ -388,6 +399,17 @@ def reward_model(tmp):
     return str(checkpoint.save(tmp / "rm", 1, RewardModel(tiny_lm().args), tiny_tokenizer(), "rm", None))
 
 
+def other_reward(tmp):
+    tok = tiny_tokenizer()
+    tok = bpe_tokenizer(tok.spec["merges"][:-1], tok.spec["pattern"])
+    return str(checkpoint.save(tmp / "other", 1, RewardModel(tiny_lm(vocab_size=tok.vocab_size).args), tok, "rm", None))
+
+
+def rule(tmp, source):
+    (tmp / "rule.py").write_text(source, encoding="utf-8")
+    return str(tmp / "rule.py")
+
+
 def short_corpus(tmp):
     tok = tiny_tokenizer()
     (tmp / "short").mkdir()
@@ -448,6 +470,11 @@ REFUSALS = {
     "a missing field": ("sft", lambda t, w: {"data": [text(t / "f.jsonl", b'{"instruction": "Q"}\n' * 3)]}, "no answer"),
     "plain text rows given to SFT": ("sft", lambda t, w: {"data": [text(t / "p.jsonl", b'{"text": "once"}\n' * 3)]}, "prepare_data.py"),
     "pairs given to SFT": ("sft", lambda t, w: {"data": [str(w / "pairs.jsonl")]}, "train_rm.py or train_dpo.py"),
+    "unpaired preferences given to SFT": ("sft", lambda t, w: {"data": [write_jsonl(t / "k.jsonl", [{"prompt": "Q", "completion": "A", "label": True}] * 4)]},
+                                          "unpaired preference row .*train_dpo.py"),
+    "a weight for one of two files": ("sft", lambda t, w: {"data": [f"{w / 'chats.jsonl'}:0.5", str(w / "chats_val.jsonl")]}, "one weight above 0"),
+    "unknown format": ("sft", lambda t, w: {"format": "xml"}, "--format xml is unknown; use one of chatml, bos, raw"),
+    "unknown truncation": ("sft", lambda t, w: {"truncate": "end"}, "--truncate end is unknown"),
     "chats given to RM": ("rm", lambda t, w: {"data": [str(w / "chats.jsonl")]}, "not a preference row"),
     "chats given to DPO": ("dpo", lambda t, w: {"data": [str(w / "chats.jsonl")]}, "not a preference row"),
     "equal answers": ("dpo", lambda t, w: {"data": [write_jsonl(t / "s.jsonl", [{**p, "rejected": p["chosen"]} for p in pairs(4)])]}, "the same"),
@@ -455,6 +482,24 @@ REFUSALS = {
     "unknown adapter": ("sft", lambda t, w: {"peft": "ia3"}, "--peft ia3 is unknown"),
     "unknown LoRA target": ("dpo", lambda t, w: {"peft": "lora", "lora_targets": ["q_proj"]}, "choose from"),
     "LoRA rank 0": ("sft", lambda t, w: {"peft": "lora", "lora_rank": 0}, "rank"),
+    "no such reward": ("ppo", lambda t, w: {"reward": str(t / "none")}, "holds no checkpoint"),
+    "a language model as reward": ("ppo", lambda t, w: {"reward": str(w / "base")}, "is a language model"),
+    "a reward model of another tokenizer": ("ppo", lambda t, w: {"reward": other_reward(t)}, "another tokenizer"),
+    "no such rule": ("ppo", lambda t, w: {"reward": str(t / "none.py") + ":f"}, "there is no file"),
+    "a rule without its function": ("ppo", lambda t, w: {"reward": rule(t, "def g(row, text): return 1") + ":f"}, "defines no function f"),
+    "a rule that cannot be read": ("ppo", lambda t, w: {"reward": rule(t, "def f(") + ":f"}, "cannot be run"),
+    "a rule that fails": ("ppo", lambda t, w: {"reward": rule(t, "def f(row, text): return row['none']") + ":f"}, "failed on an answer: KeyError"),
+    "a rule that gives nan": ("ppo", lambda t, w: {"reward": rule(t, "def f(row, text): return float('nan')") + ":f"}, "gave nan for '.*a finite number"),
+    "a reference of another shape": ("ppo", lambda t, w: {"reference": str(checkpoint.save(t / "ref", 1, tiny_lm(n_layers=1), tiny_tokenizer(), "sft", None))},
+                                     "another shape"),
+    "prompts longer than the context": ("ppo", lambda t, w: {"max_new_tokens": 60}, "no prompt fits into 4 tokens"),
+    "answers longer than the context": ("ppo", lambda t, w: {"max_new_tokens": 64}, "a prompt needs room"),
+    "plain text given to PPO": ("ppo", lambda t, w: {"data": [text(t / "p.jsonl", b'{"text": "once"}\n' * 3)]}, "prepare_data.py"),
+    "unknown algorithm": ("ppo", lambda t, w: {"algorithm": "reinforce"}, "--algorithm reinforce is unknown"),
+    "a group of one": ("ppo", lambda t, w: {"algorithm": "grpo", "group": 1}, "at least 2"),
+    "a KL target for GRPO": ("ppo", lambda t, w: {"algorithm": "grpo", "target_kl": 6.0}, "GRPO has its leash in the loss"),
+    "a critic of a shorter context": ("ppo", lambda t, w: {"critic": str(checkpoint.save(t / "short", 1, tiny_lm(max_seq_len=32), tiny_tokenizer(), "sft", None))},
+                                      "--critic .* reads at most 32 tokens"),
     "resume from nowhere": ("sft", lambda t, w: {"resume": str(t / "none")}, "holds no checkpoint"),
     "resume from another stage": ("rm", lambda t, w: {"resume": str(w / "base")}, "--init_from|--resume"),
     "no such preset": ("rm", lambda t, w: {"config": "none.toml"}, "does not exist"),

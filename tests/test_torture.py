@@ -32,7 +32,9 @@ mix = { tokens = 0.2, more = 0.8 }
 RUNS = {"pretrain": {}, "pretrain-muon-dropout": {"optimizer": "muon", "dropout": 0.1}, "pretrain-fp16": {"dtype": "float16"},
         "pretrain-phases": {"phases": "phases.toml"}, "pretrain-rollback": {"rollback": 12, "rollback_lr": 0.1, "schedule": "constant"},
         "pretrain-patience": {"patience": 50, "milestones": ["3", "9", "27"]}, "sft": {}, "sft-lora": {**LORA, "lora_dropout": 0.1}, "rm": {},
-        "dpo": {}, "dpo-lora": LORA}
+        "sft-mix": {"data": ["chats.jsonl:0.7", "chats_val.jsonl:0.3"]}, "rm-divergence": {"loss": "divergence"},
+        "dpo": {}, "dpo-lora": LORA, "dpo-kto": {"loss": "kto"}, "dpo-cached": {"precompute_ref": True, "pair_curriculum": 1.0},
+        "ppo": {}, "ppo-grpo": {"algorithm": "grpo", "group": 2}}
 LENGTH = dict(max_steps=48, save_every=4, eval_every=6, log_every=1, keep=3, batch_size=4, gradient_accumulation_steps=8)
 SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 
@@ -54,8 +56,12 @@ def play(variant, world, out, **changes):
     stage, more = variant.split("-")[0], dict(RUNS[variant])
     if "phases" in more:
         more |= {"phases": str(world / more["phases"]), "data": str(world)}
+    if "data" in more:
+        more["data"] = [str(world / word) for word in more["data"]]
     if variant == "pretrain-rollback":
         break_the_numbers_at_the_full_rate()
+    if stage == "dpo":
+        more["ref_cache"] = str(out.parent / f"{out.name}-reference")
     script = SCRIPTS[stage]
     script.main(script.Config(**{**options(stage, world, out), **LENGTH, **more, **changes}))
 
@@ -181,7 +187,7 @@ def three(tmp_path_factory):
     return out, tortured(out, QUICK, 3, steps=16)
 
 
-QUICK = ["pretrain-muon-dropout", "sft-lora", "rm", "dpo"]
+QUICK = ["pretrain-muon-dropout", "sft-lora", "rm", "dpo", "ppo"]
 
 
 @pytest.mark.parametrize("variant", QUICK)

@@ -1,4 +1,4 @@
-"""SFT, reward model, DPO and DPO with LoRA against trl: the same tokens, labels, losses and weights, from our own rows,
+"""Reward model, DPO and DPO with LoRA against trl (SFT: test_sft_parity.py): the same tokens, labels, losses and weights, from our own rows,
 collators, losses and normalisation on one side and trl's trainers on the other."""
 import copy
 import json
@@ -15,15 +15,15 @@ from peft import LoraConfig
 from tokenizers import Tokenizer as HFTokenizer
 from torch.utils.data import SequentialSampler
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 import train_dpo
 import train_rm
-import train_sft
 from conftest import tiny_tokenizer
 from nanollm import peft
-from nanollm.data import ChatRows, PreferenceRows
+from nanollm.data import PreferenceRows
+from nanollm.distill import kd_loss_sum
 from nanollm.foreign_tokenizers import to_hf_json
 from nanollm.hf import from_hf_state, to_hf_name
 from nanollm.losses import IGNORE_INDEX, sequence_logps
@@ -82,8 +82,6 @@ def largest(ours, theirs_state):
     return max((mine[k] - theirs[k]).abs().max().item() for k in mine)
 
 
-CHATS = [{"messages": [{"role": "user", "content": f"question {i}?"}, {"role": "assistant", "content": "Anna likes it. " * (i % 5) + "是的。"},
-                       {"role": "user", "content": "again"}, {"role": "assistant", "content": f"yes{i}"}]} for i in range(8)]
 PAIRS = [{"prompt": [{"role": "user", "content": f"hi {i}"}], "chosen": "good " + "Anna likes it. " * i + "好", "rejected": "bad" + "!" * i} for i in range(6)]
 TRL_PAIRS = [{"prompt": p["prompt"], "chosen": [{"role": "assistant", "content": p["chosen"]}],
               "rejected": [{"role": "assistant", "content": p["rejected"]}]} for p in PAIRS]
@@ -91,33 +89,6 @@ TRL_PAIRS = [{"prompt": p["prompt"], "chosen": [{"role": "assistant", "content":
 
 def where(rows):
     return [(f"row:{i}", row) for i, row in enumerate(rows)]
-
-
-def test_sft_labels_losses_and_weights_equal_trls(tmp_path):
-    """Labels token by token (trl keeps them unshifted); then two updates of four micro-batches whose numbers of supervised
-    tokens differ by a factor of eight: loss and weights."""
-    theirs, ours = llama()
-    trainer = in_order(SFTTrainer)(model=theirs, args=SFTConfig(
-        output_dir=str(tmp_path), max_length=160, assistant_only_loss=True, loss_type="nll",
-        **{**COMMON, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 2}),
-        train_dataset=Dataset.from_list(CHATS), processing_class=hf_tokenizer())
-    rows = ChatRows(where(CHATS), tiny_tokenizer(), 160, pack_rows=False)
-    for i, theirs_row in enumerate(trainer.train_dataset):
-        x, y = rows.examples[i]
-        assert x == theirs_row["input_ids"][:-1] and y == theirs_row["labels"][1:]
-    logs = train(trainer)
-    optimizer = torch.optim.SGD(ours.parameters(), lr=1e-2)
-    for step in range(2):
-        batches = [rows.batch([4 * step + i]) for i in range(4)]
-        count, loss = sum((y != IGNORE_INDEX).sum() for _, y, _ in batches), 0.0
-        for batch in batches:
-            loss_sum, _, _ = train_sft.sft_loss(ours, *batch)
-            (loss_sum / count).backward()
-            loss += loss_sum.item() / count.item()
-        optimizer.step()
-        optimizer.zero_grad()
-        assert loss == pytest.approx(logs[step]["loss"], abs=1e-5)
-    assert largest(ours, trainer.model.state_dict()) < 1e-6
 
 
 @pytest.mark.parametrize("center", [0.0, 0.01])
@@ -136,20 +107,21 @@ def test_reward_model_losses_and_weights_equal_trls(tmp_path, center):
     rows = PreferenceRows(where(PAIRS), tiny_tokenizer(), 160)
     for row, (prompt, chosen, rejected) in zip(trainer.train_dataset, rows.pairs):
         assert row["chosen_ids"] == prompt + chosen and row["rejected_ids"] == prompt + rejected
-    logs = train(trainer)
+    logs, off = train(trainer), 0.0
     optimizer = torch.optim.SGD(ours.parameters(), lr=1e-2)
     for step in range(3):
-        loss, count, metrics = train_rm.pair_loss(ours, *rows.scored_batch([2 * step, 2 * step + 1]), center)
+        loss, count, metrics = train_rm.pair_loss(ours, train_rm.Config(center=center), *rows.scored_batch([2 * step, 2 * step + 1]))
         (loss / count).backward()
         optimizer.step()
         optimizer.zero_grad()
-        assert (loss / count).item() == pytest.approx(logs[step]["loss"], abs=1e-5)
+        off = max(off, abs((loss / count).item() - logs[step]["loss"]))
         assert (metrics["margin"] / count).item() == pytest.approx(logs[step]["margin"], abs=1e-4)
         assert (metrics["accuracy"] / count).item() == logs[step]["accuracy"]
     mine, state = ours.state_dict(), trainer.model.state_dict()
     body = from_hf_state({k: v for k, v in state.items() if k.startswith("model.")}, ours.args)
-    assert max((mine[f"backbone.{k}"] - v).abs().max().item() for k, v in body.items()) < 1e-6
-    assert (mine["v_head.weight"] - state["score.weight"]).abs().max() < 1e-6
+    moved = max(*((mine[f"backbone.{k}"] - v).abs().max().item() for k, v in body.items()), (mine["v_head.weight"] - state["score.weight"]).abs().max().item())
+    print(f"\n| 5 | reward model, 3 updates, center {center} | loss {off:.0e} | weights {moved:.0e} |")
+    assert off < 1e-6 and moved < 1e-6
 
 
 def dpo_trainer(tmp_path, model, peft_config=None, **more):
@@ -164,17 +136,20 @@ def same_pairs(trainer, rows):
 
 
 def compare_dpo(model, reference, optimizer, rows, logs):
-    """Three updates beside trl's logs: loss, margin, log-probabilities, accuracy. The first loss is ln 2."""
+    """Three updates beside trl's logs: loss, margin, log-probabilities, accuracy. The first loss is ln 2. -> the largest difference of a loss."""
+    off = 0.0
     for step, line in enumerate(logs):
-        loss, count, m = train_dpo.preference_loss(model, reference, *rows.batch([2 * step, 2 * step + 1]), 0.1)
+        loss, count, m = train_dpo.preference_loss(model, reference, train_dpo.Config(), *rows.batch([2 * step, 2 * step + 1]))
         (loss / count).backward()
         optimizer.step()
         optimizer.zero_grad()
-        assert (loss / count).item() == pytest.approx(line["loss"], abs=1e-5)
+        off = max(off, abs((loss / count).item() - line["loss"]))
+        assert off < 1e-5
         assert (m["margin"] / count).item() == pytest.approx(line["rewards/margins"], abs=1e-4)
         assert (m["chosen_logp"] / count).item() == pytest.approx(line["logps/chosen"], rel=1e-5)
         assert (m["accuracy"] / count).item() == line["rewards/accuracies"]
     assert logs[0]["loss"] == pytest.approx(0.693147, abs=1e-5) and abs(logs[-1]["rewards/margins"]) > 1e-3
+    return off
 
 
 def test_dpo_losses_and_weights_equal_trls(tmp_path):
@@ -184,8 +159,10 @@ def test_dpo_losses_and_weights_equal_trls(tmp_path):
     trainer = dpo_trainer(tmp_path, theirs)
     rows = PreferenceRows(where(PAIRS), tiny_tokenizer(), 160)
     same_pairs(trainer, rows)
-    compare_dpo(ours, reference, torch.optim.SGD(ours.parameters(), lr=1e-2), rows, train(trainer))
-    assert largest(ours, trainer.model.state_dict()) < 1e-5
+    off = compare_dpo(ours, reference, torch.optim.SGD(ours.parameters(), lr=1e-2), rows, train(trainer))
+    moved = largest(ours, trainer.model.state_dict())
+    print(f"\n| 8 | DPO, 3 updates of the full model | loss {off:.0e} | weights {moved:.0e} |")
+    assert moved < 1e-5
 
 
 def test_dpo_with_lora_equals_trl_with_peft(tmp_path):
@@ -203,10 +180,12 @@ def test_dpo_with_lora_equals_trl_with_peft(tmp_path):
     rows = PreferenceRows(where(PAIRS), tiny_tokenizer(), 160)
     same_pairs(trainer, rows)
     optimizer = torch.optim.SGD([p for p in ours.parameters() if p.requires_grad], lr=0.1)
-    compare_dpo(ours, None, optimizer, rows, train(trainer))
+    off = compare_dpo(ours, None, optimizer, rows, train(trainer))
+    moved = max((layer.lora_B - their_layer[name].lora_B["default"].weight).abs().max().item() for name, layer in peft.lora_layers(ours))
+    print(f"\n| 9 | DPO with LoRA, reference = adapter off | loss {off:.0e} | lora_B {moved:.0e} |")
     for name, layer in peft.lora_layers(ours):
-        assert (layer.lora_A - their_layer[name].lora_A["default"].weight).abs().max() < 1e-5, name
-        assert (layer.lora_B - their_layer[name].lora_B["default"].weight).abs().max() < 1e-5, name
+        assert (layer.lora_A - their_layer[name].lora_A["default"].weight).abs().max() < 1e-6, name
+        assert (layer.lora_B - their_layer[name].lora_B["default"].weight).abs().max() < 1e-6, name
         assert layer.lora_B.abs().max() > 1e-5
     assert all(torch.equal(ours.state_dict()[k], v) for k, v in before.items())
 
@@ -241,9 +220,9 @@ def test_dpo_loss_and_gradient_on_random_logits_equal_trls(seed, rpo_alpha):
             super().__init__()
             self.logits = logits
 
-        def forward(self, inputs, segments, head):
+        def forward(self, inputs, segments, cache, head):
             return head(self.logits[:, :-1], torch.nn.Identity())
-    loss, count, _ = train_dpo.preference_loss(Given(logits), Given(reference), None, targets, 0.1, rpo_alpha * B / counts[:B].sum())
+    loss, count, _ = train_dpo.preference_loss(Given(logits), Given(reference), train_dpo.Config(), None, targets, nll_weight=rpo_alpha * B / counts[:B].sum())
     ours, = torch.autograd.grad(loss / count, logits)
 
     class Model(torch.nn.Module):
@@ -256,3 +235,17 @@ def test_dpo_loss_and_gradient_on_random_logits_equal_trls(seed, rpo_alpha):
     theirs, = torch.autograd.grad(want, logits)
     assert (loss / count).item() == pytest.approx(want.item(), abs=1e-6)
     assert (ours - theirs).abs().max() < 1e-6 and theirs.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind, beta", [("forward", 0.0), ("reverse", 1.0), ("jsd", 0.5)])
+def test_distillation_losses_and_gradients_equal_gkd(kind, beta):
+    """Row 14: GKDTrainer.generalized_jsd_loss, the mean over supervised positions, which has no factor T^2."""
+    from trl.experimental.gkd import GKDTrainer
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 4, 9, requires_grad=True), torch.randn(2, 4, 9)
+    targets, T = torch.tensor([[IGNORE_INDEX, 1, 2, 3], [IGNORE_INDEX, IGNORE_INDEX, 5, 6]]), 2.0
+    theirs = GKDTrainer.generalized_jsd_loss(student, teacher, labels=targets, beta=beta, temperature=T) * T**2
+    ours, count = kd_loss_sum(student, teacher, targets, T, kind)
+    grads = [torch.autograd.grad(loss, student)[0] for loss in (theirs, ours / count)]
+    print(f"KD {kind}: loss {abs(theirs - ours / count):.1e}, gradient {(grads[0] - grads[1]).abs().max():.1e}")
+    assert abs(theirs - ours / count) < 1e-6 and (grads[0] - grads[1]).abs().max() < 1e-6

@@ -138,3 +138,24 @@ class Demo:
     size: str = arg("demo", "demo | smoke: minutes or seconds of training")
     seed: int = arg(0, "another seed, another world")
     force: bool = arg(False, "redo what is already there")
+
+
+@dataclass
+class Rejects:
+    init_from: str = arg("", "the SFT model that answers; empty = only split the rows off, with --sft_out")
+    data: list = arg(["out/demo/raw/chat_train.jsonl"], "chat files: .jsonl, .json, .parquet")
+    exclude: list = arg([], "held-out chat files: rows whose question stands there are left out")
+    out: str = arg("out/prefs.jsonl", "the pairs; a report stands beside it")
+    share: float = arg(0.25, "share of the questions that SFT must not see and that get a rejected answer; 1 = all rows")
+    sft_out: str = arg("", "also write the other rows here: what train_sft.py may read")
+    rank_with: str = arg("", "a reward model, or a rule FILE.py:function(row, text): chosen and rejected are the best and worst of --n samples")
+    n: int = arg(4, "samples a question, with --rank_with", least=1)
+    temperature: float = arg(1.0, "1 = as the model is; lower is likelier and more often equal to the row's own answer")
+    max_seq_len: int = arg(0, "longest question and answer together; 0 = the model's context", unit="tokens")
+    max_new_tokens: int = arg(128, "an answer that has not ended here is left out", unit="tokens", least=1)
+    max_rows: int = arg(0, "only so many of the reserved rows; 0 = all")
+    batch_size: int = arg(64, "answers that are generated together; changes the speed, not the pairs", least=1)
+    seed: int = arg(0, "of the samples")
+    device: str = arg("auto", "auto, cpu, cuda, cuda:N, mps")
+    max_bad: float = arg(0.1, "largest share of unusable rows before the run refuses to start")
+    force: bool = arg(False, "redo what is already there")

@@ -92,7 +92,7 @@ def written(path):
 def write_json(path, value):
     """A small JSON file, aside and renamed."""
     aside = Path(f"{path}.{os.getpid()}.tmp")
-    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace", newline="\n")
     publish(aside, path)
 
 

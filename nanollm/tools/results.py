@@ -28,6 +28,8 @@ ROWS = [  # key, English, Chinese, the known truth beside it in both ({key} is l
     ("rm.accuracy", "reward model: accuracy, held-out pairs", "奖励模型：未见偏好对的准确率", "chance 0.5", "随机 0.5"),
     ("dpo.win_rate", "DPO: win rate against the SFT model", "DPO：对 SFT 模型的胜率",
      "itself {dpo.win_rate_before}", "它自己 {dpo.win_rate_before}"),
+    ("ppo.win_rate", "PPO: win rate against the SFT model", "PPO：对 SFT 模型的胜率",
+     "itself {ppo.win_rate_before}", "它自己 {ppo.win_rate_before}"),
     ("mc.accuracy", "multiple choice: accuracy", "选择题：准确率", "chance {mc.chance}", "随机 {mc.chance}"),
 ]
 
