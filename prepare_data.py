@@ -13,7 +13,7 @@ stage. Each stage is a command of its own and reads the last one before it that 
     score           a quality for each document, and without the worst (if you run it)          docs/data.md
     tokenizer       tokenizer.json, vocab.txt; compare: several side by side                    docs/tokenizer.md
     tokenize        train and val token files: what `train_pretrain.py --data` wants            docs/packing.md
-    rejects         preference pairs from an SFT model, or best of n with a reward model          docs/preference_data.md
+    rejects         preference pairs from an SFT model; best of n with a reward model           docs/preference_data.md
     build           clean, dedup, tokenizer, tokenize | demo: the files of the demo world | export: documents as JSON lines
 
 Documents lie in Parquet parts with a JSON sidecar each; report.json and report.html say what happened to them. A run that
