@@ -45,7 +45,7 @@ class Config:
     target_kl: float = arg(0.0, "ppo: adapt beta towards this KL; a run at three times as much ends. 0 = beta stays", unit="nats an answer")
     kl_horizon: int = arg(10000, "ppo: how slowly beta adapts", unit="answers", least=1)
     missing_eos_penalty: float = arg(1.0, "taken off the score of an answer that did not end by itself")
-    normalize_scores: bool = arg(True, "a reward model's scores as (s - mean) / std of the validation at rollout 0, within -5 … 5: give --eval_prompts 64 or more")
+    normalize_scores: bool = arg(True, "a reward model's scores as (s - mean) / std of the validation at rollout 0, within -5 … 5; give it 64 --eval_prompts")
     ppo_epochs: int = arg(2, "passes over each rollout", least=1)
     minibatches: int = arg(4, "parts of a pass, each followed by an update", least=1)
     clip: float = arg(0.2, "the probability ratio counts within 1 - clip … 1 + clip")

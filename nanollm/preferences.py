@@ -151,10 +151,7 @@ def load_models(cfg):
     if cfg.rank_with:
         if cfg.n < 2:
             raise UserError(f"--n {cfg.n}: --rank_with chooses among samples of one question; give 2 or more")
-        try:
-            score, judge = load_reward(cfg.rank_with, tok, cfg.max_seq_len or model.args.max_seq_len, device)
-        except UserError as e:
-            raise UserError(str(e).replace("--reward", "--rank_with")) from None
+        score, judge = load_reward(cfg.rank_with, tok, cfg.max_seq_len or model.args.max_seq_len, device, "--rank_with")
         file = checkpoint.find(cfg.rank_with) / "model.pt" if judge else cfg.rank_with.rpartition(":")[0]
         known.append([driver.file_hash(file), cfg.rank_with.rpartition(":")[2] * (not judge)])
     return model, tok, score, known

@@ -64,21 +64,23 @@ class PromptRows:
         return len(self.ids)
 
 
-def load_reward(spec, tok, max_seq_len, device):
-    """What --reward names, as (score, model): score(rows, prompts, answers) -> one number an answer, in which rows are the data's,
-    prompts and answers lists of ids. model: the RewardModel, or None for a rule.
+def load_reward(spec, tok, max_seq_len, device, flag="--reward"):
+    """What --reward (or another flag) names, as (score, model): score(rows, prompts, answers) -> one number an answer, in which rows
+    are the data's, prompts and answers lists of ids. model: the RewardModel, or None for a rule.
 
     A directory is a reward model's checkpoint. FILE.py:NAME is a function NAME(row, text) -> number of that file, where text is the answer
     without its end token. Raises UserError for what is neither, another tokenizer, a shorter context, or a score that is no number.
     """
     path, is_rule, name = spec.rpartition(":")
+    if spec.endswith(".py"):
+        raise UserError(f"{flag} {spec}: name the function, too: {flag} {spec}:NAME")
     if not is_rule or not path.endswith(".py"):
         model, own, _ = checkpoint.load(spec, device, expect="reward")
         if own.hash != tok.hash:
-            raise UserError(f"--reward {spec}: this reward model has another tokenizer than the policy, so it would read other words; "
+            raise UserError(f"{flag} {spec}: this reward model has another tokenizer than the policy, so it would read other words; "
                             "train one from the policy's SFT model")
         if model.args.max_seq_len < max_seq_len:
-            raise UserError(f"--reward {spec} reads at most {model.args.max_seq_len} tokens; lower --max_seq_len {max_seq_len}")
+            raise UserError(f"{flag} {spec} reads at most {model.args.max_seq_len} tokens; lower --max_seq_len {max_seq_len}")
 
         @torch.no_grad()
         def score(rows, prompts, answers):
@@ -87,21 +89,21 @@ def load_reward(spec, tok, max_seq_len, device):
             return model(ids).gather(1, lengths[:, None] - 1).squeeze(1).tolist()     # read at the last real token
         return score, model.requires_grad_(False)
     if not Path(path).exists():
-        raise UserError(f"--reward {spec}: there is no file {path}")
+        raise UserError(f"{flag} {spec}: there is no file {path}")
     module = importlib.util.module_from_spec(about := importlib.util.spec_from_file_location("reward_rule", path))
     try:
         about.loader.exec_module(module)
     except Exception as e:                                    # the user's file: anything may go wrong in it
-        raise UserError(f"--reward {spec}: {path} cannot be run: {type(e).__name__}: {e}") from None
+        raise UserError(f"{flag} {spec}: {path} cannot be run: {type(e).__name__}: {e}") from None
     if not callable(rule := getattr(module, name, None)):
-        raise UserError(f"--reward {spec}: {path} defines no function {name}; write one: def {name}(row, text) -> number")
+        raise UserError(f"{flag} {spec}: {path} defines no function {name}; write one: def {name}(row, text) -> number")
 
     def judge(rows, prompts, answers):
         texts = [tok.decode([t for t in a if t not in tok.stop_ids]) for a in answers]
         try:
             return [float(rule(row, text)) for row, text in zip(rows, texts)]
         except Exception as e:
-            raise UserError(f"--reward {spec} failed on an answer: {type(e).__name__}: {e}") from None
+            raise UserError(f"{flag} {spec} failed on an answer: {type(e).__name__}: {e}") from None
     return judge, None
 
 

@@ -214,7 +214,7 @@ def other_rm(tmp):
     return str(checkpoint.save(tmp / "other", 1, RewardModel(tiny_lm().args), tok, "rm", None))
 
 
-NAN, SHORTEST = "return float('nan')", "return -len(text) if row['messages'] else 0"
+NAN, FAILS, SHORTEST = "return float('nan')", "return row['none']", "return -len(text) if row['messages'] else 0"
 
 
 def rule_of(tmp, body):
@@ -243,6 +243,7 @@ REFUSALS = {
     "pairs": (lambda t, f: {"data": [write_jsonl(t / "p.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 3)]}, "train_rm.py or train_dpo.py"),
     "a file of somebody else": (lambda t, f: {"out": write_jsonl(t / "mine.jsonl", [{"a": 1}])}, "did not write it"),
     "a rule that returns no number": (lambda t, f: {"rank_with": f"{rule_of(t, NAN)}:rule"}, "no finite number"),
+    "a rule that fails": (lambda t, f: {"rank_with": f"{rule_of(t, FAILS)}:rule"}, "rule.py:rule failed on an answer: KeyError"),
     "its own input as output": (lambda t, f: {"sft_out": str(f / "chats.jsonl")}, "is one of the other files"),
     "answers that never end": (lambda t, f: {"max_new_tokens": 1, "max_rows": 3}, "no pair is left"),
 }
@@ -254,4 +255,4 @@ def test_what_cannot_give_pairs_is_refused_in_one_sentence(files, tmp_path, caps
     with pytest.raises(SystemExit) as stop:
         run(prepare_data.rejects, Rejects, "", command(files, tmp_path / "out.jsonl") + flags(change(tmp_path, files)))
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and says in err and "Traceback" not in err
+    assert stop.value.code == 2 and says in err and "Traceback" not in err and "--reward" not in err         # the flag here is --rank_with

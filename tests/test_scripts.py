@@ -486,6 +486,7 @@ REFUSALS = {
     "a language model as reward": ("ppo", lambda t, w: {"reward": str(w / "base")}, "is a language model"),
     "a reward model of another tokenizer": ("ppo", lambda t, w: {"reward": other_reward(t)}, "another tokenizer"),
     "no such rule": ("ppo", lambda t, w: {"reward": str(t / "none.py") + ":f"}, "there is no file"),
+    "a rule without a name": ("ppo", lambda t, w: {"reward": rule(t, "def f(row, text): return 1")}, "name the function, too: --reward .*:NAME"),
     "a rule without its function": ("ppo", lambda t, w: {"reward": rule(t, "def g(row, text): return 1") + ":f"}, "defines no function f"),
     "a rule that cannot be read": ("ppo", lambda t, w: {"reward": rule(t, "def f(") + ":f"}, "cannot be run"),
     "a rule that fails": ("ppo", lambda t, w: {"reward": rule(t, "def f(row, text): return row['none']") + ":f"}, "failed on an answer: KeyError"),
