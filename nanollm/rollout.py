@@ -190,7 +190,9 @@ def shape(batch, cfg, state):
     """Scores as the policy is to see them (N,), the log-ratio to the reference (N, T), and a rollout's metrics."""
     mask, raw = batch["targets"] != IGNORE_INDEX, batch["scores"]
     if not state["std"]:                                     # nothing is trained yet: these are the SFT model's
-        state.update(mean=raw.mean().item(), std=max(raw.std(correction=0).item(), 1e-6))
+        state.update(mean=raw.mean().item(), std=raw.std(correction=0).item())
+        if state["std"] < 1e-6:
+            raise UserError(f"--normalize_scores: the first {len(raw)} answers all score {raw[0]:.4g}, no spread to divide by; give more --eval_prompts")
     scores = ((raw - state["mean"]) / state["std"]).clamp(-state["limit"], state["limit"]) - cfg.missing_eos_penalty * ~batch["ended"]
     kl = kl_k1(batch["old"], batch["ref"]) * mask
     per_answer = kl.sum(1).mean()

@@ -9,10 +9,11 @@ import train_ppo
 from conftest import ROOT, tiny_lm
 from nanollm import dist, rl
 from nanollm import world as demo_world
+from nanollm.config import UserError
 from nanollm.losses import IGNORE_INDEX
 from nanollm.model import ModelArgs
 from nanollm.optim import make_optimizer, update
-from nanollm.rollout import PromptRows, State, backward, draw, experience, load_reward, minibatches, write_answers
+from nanollm.rollout import PromptRows, State, backward, draw, experience, load_reward, minibatches, shape, write_answers
 from nanollm.tokenizer import render
 from nanollm.variants import build
 from test_scripts import start, train_lines
@@ -312,3 +313,11 @@ def test_prompts_come_from_any_chat_or_preference_row(tok, capsys):
             {"instruction": "Hi?", "output": "a"}, {"conversation": [{"human": "Hi?", "assistant": "a"}]}]
     data = PromptRows([(f"row:{i}", row) for i, row in enumerate([*rows, {"prompt": "long " * 50}])], tok, 30)
     assert data.ids == [render(tok, question, True)[0]] * 5 and data.rows == rows and "left out 1 of 6 prompts" in capsys.readouterr().out
+
+
+def test_scores_without_a_spread_are_refused():
+    """One answer, or answers that all score alike, would make every later score plus or minus the limit."""
+    batch = {"targets": torch.tensor([[IGNORE_INDEX, 4]]), "scores": torch.tensor([3.0]), "ended": torch.tensor([True]),
+             "old": torch.zeros(1, 2), "ref": torch.zeros(1, 2)}
+    with pytest.raises(UserError, match="the first 1 answers all score 3, no spread"):
+        shape(batch, types.SimpleNamespace(missing_eos_penalty=1.0), {"mean": 0.0, "std": 0.0, "limit": 5.0, "beta": 0.1})
