@@ -54,10 +54,10 @@ def play(variant, world, out, **changes):
     """The run `variant`, in this process; $STEPS updates long."""
     changes["max_steps"] = int(os.environ.get("STEPS", LENGTH["max_steps"]))
     stage, more = variant.split("-")[0], dict(RUNS[variant])
-    if "phases" in more:
-        more |= {"phases": str(world / more["phases"]), "data": str(world)}
     if "data" in more:
         more["data"] = [str(world / word) for word in more["data"]]
+    if "phases" in more:
+        more |= {"phases": str(world / more["phases"]), "data": str(world)}
     if variant == "pretrain-rollback":
         break_the_numbers_at_the_full_rate()
     if stage == "dpo":
@@ -83,10 +83,14 @@ def break_the_numbers_at_the_full_rate(first=20, last=41):
 
 def child(work, log):
     """Run work() in a fork of this process, its output in `log`. Returns its pid. Exit code: main()'s, 1 for an exception."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})                 # a Ctrl-C waits until the child can say how it ended
     pid = os.fork()
+    if pid:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     if pid == 0:
         code = 1
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(fd, 1), os.dup2(fd, 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w", encoding="utf-8", closefd=False), os.fdopen(2, "w", encoding="utf-8", closefd=False)
@@ -100,7 +104,7 @@ def child(work, log):
             import traceback
             traceback.print_exc()
         finally:
-            sys.stdout.flush()
+            sys.stdout.flush(), sys.stderr.flush()
             os._exit(code)
     return pid
 
