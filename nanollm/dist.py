@@ -98,10 +98,10 @@ def choose_device(device="auto", local_rank=0, local_size=1):
     return device
 
 
-def init(device="auto", parallel="ddp", tp=1):
+def init(device="auto", parallel="ddp", tp=1, listen=True):
     """Join the group that torchrun describes in RANK, LOCAL_RANK and WORLD_SIZE, or be a world of one; from here to
-    finish(), Ctrl-C and SIGTERM ask the loop to save and stop instead of ending the process. tp: processes that share each
-    matrix. A collective without an answer for NANOLLM_TIMEOUT seconds (600) ends the run (config.unanswered)."""
+    finish(), Ctrl-C and SIGTERM ask the loop to save and stop instead of ending the process (listen=False: they end it). tp:
+    processes that share each matrix. A collective without an answer for NANOLLM_TIMEOUT seconds (600) ends the run (config.unanswered)."""
     rank, local_rank, size, local_size = (int(os.environ.get(k, d)) for k, d in
                                           (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
     missing = [k for k in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
@@ -148,7 +148,7 @@ def init(device="auto", parallel="ddp", tp=1):
             os.write(1, b"\nstopping: the checkpoint is written after this step (once more to quit at once)\n")
 
     with contextlib.suppress(ValueError):                    # not in the main thread (a notebook's, say): leave them
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in (signal.SIGINT, signal.SIGTERM) if listen else ():
             ctx.handlers[signum] = signal.signal(signum, note_signal)
     return ctx
 
@@ -201,7 +201,9 @@ def compiled(model, wanted):
         return model
     torch._dynamo.config.recompile_limit = 64                 # 8 of those kinds would be too few, and the ninth never be compiled
     print("compiling: the first update and the first evaluation take up to some minutes", flush=True)
-    for layer in getattr(model, "backbone", model).layers:
+    body = getattr(model, "backbone", model)
+    body.by_runs = False                                      # lengths that change would mean a compilation for each batch
+    for layer in body.layers:
         layer.compile()
     return model
 

@@ -97,6 +97,15 @@ def naive_attention(q, k, v, mask, dropout_p=0.0):
     return probs @ v                                                  # (B, H, T, D)
 
 
+def attention_of_runs(q, k, v, runs, attend):
+    """Causal attention inside each run of tokens and nowhere else: attend(q, k, v) on one run after the other, so the work grows with
+    the squares of the runs and not with that of the row. q (B, H, T, D), k and v alike; runs: lengths that fill the B rows in turn."""
+    B, H, T, D = q.shape
+    parts = zip(*(t.transpose(1, 2).reshape(1, B * T, H, D).transpose(1, 2).split(runs, dim=2) for t in (q, k, v)))        # (1, H, run, D)
+    out = torch.cat([attend(*part).transpose(1, 2) for part in parts], dim=1)                                              # (1, B T, H, D)
+    return out.view(B, T, H, D).transpose(1, 2)
+
+
 class Linear(nn.Linear):
     """y = x W^T, by the faster of the CPU's two matrix libraries (by_hand.py)."""
 
@@ -129,6 +138,15 @@ class Attention(nn.Module):
         v = self.wv(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)      # (B, G, T, D)
         return q, k, v
 
+    def attend(self, q, k, v, mask=None):
+        """(B, H, T, D): every query over the keys that mask (…, T, S) allows; None is plain causal, with T queries that end the S keys."""
+        p, T, S = self.attn_dropout.p if self.training else 0.0, q.size(2), k.size(2)
+        if self.naive:
+            mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if mask is None else mask
+            return naive_attention(q, k, v, mask, p)
+        causal = mask is None and T > 1                      # a lone query may look at every key
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal)
+
     def forward(self, x, cos, sin, mask, cache=None):
         B, T, _ = x.shape
         q, k, v = self.qkv(x)
@@ -138,15 +156,7 @@ class Attention(nn.Module):
         if self.n_kv_heads < self.n_heads:                   # GQA: each key/value head serves H / G query heads
             k = k.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1)            # (B, H, S, D)
             v = v.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1)
-        p = self.attn_dropout.p if self.training else 0.0
-        if self.naive:
-            if mask is None:                                 # plain causal; with a cache T queries end the S keys
-                S = k.size(2)
-                mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
-            out = naive_attention(q, k, v, mask, p)
-        else:
-            causal = mask is None and T > 1                  # a lone query may look at every key
-            out = scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal)
+        out = attention_of_runs(q, k, v, mask, self.attend) if isinstance(mask, list) else self.attend(q, k, v, mask)
         out = out.transpose(1, 2).reshape(B, T, self.n_heads * self.head_dim)          # (B, T, C)
         return self.resid_dropout(self.wo(out))
 
@@ -246,6 +256,7 @@ class Transformer(nn.Module):
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
         self.mask, self.cache = causal_mask, KVCache          # a variant may put another function and another class here
+        self.by_runs = True                  # packed rows on a CPU: attention_of_runs. False where a mask of one shape is wanted
         self.checkpointing = False           # True: keep only the blocks' inputs, compute the rest again in the backward pass
         self.init_weights()
 
@@ -269,7 +280,7 @@ class Transformer(nn.Module):
     def hidden(self, tokens, segments=None, cache=None):
         """tokens (B, T) -> the final normed hidden states (B, T, C).
 
-        segments (B, T): tokens attend only inside their own segment. This one mechanism keeps packed documents
+        segments (B, T): tokens attend only inside their own segment, a run of equal numbers. This one mechanism keeps packed documents
         apart (1, 2, 3, … along a row) and hides left padding in batched generation (0 for pads, 1 for text).
         Positions need no reset: RoPE only sees distances. None = the whole row is one segment.
         """
@@ -279,7 +290,10 @@ class Transformer(nn.Module):
         seen = segments
         if cache is not None and segments is not None:
             seen = cache.segments = segments if cache.segments is None else torch.cat((cache.segments, segments), 1)    # (B, S)
-        mask = self.mask(T, cache, segments, seen, tokens.device)
+        if segments is not None and cache is None and tokens.device.type == "cpu" and self.by_runs and self.mask is causal_mask:
+            mask = [n for row in segments for n in row.unique_consecutive(return_counts=True)[1].tolist()]
+        else:
+            mask = self.mask(T, cache, segments, seen, tokens.device)
         cos, sin = self.rope_cos[start : start + T], self.rope_sin[start : start + T]
         x = self.dropout(self.tok_embeddings(tokens))                                     # (B, T, C)
         again = self.checkpointing and torch.is_grad_enabled() and cache is None          # Chen et al. 2016, arXiv:1604.06174;

@@ -10,7 +10,6 @@ batch size, order of the rows and number of tries: rows are done in parts of 256
 """
 import hashlib
 import json
-import os
 import math
 import shutil
 from collections import Counter
@@ -139,11 +138,8 @@ def pairs_of(chats, model, tok, score, cfg, moved):
     return {"rows": rows, "counts": dict(counts), "sums": dict(sums)}
 
 
-def load_models(cfg):
+def load_models(cfg, device):
     """(SFT model, its tokenizer, what scores answers or None, what identifies them). Raises UserError for what cannot do this work."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("prepare_data.py rejects is one process: start it with python, not torchrun, and give each part of --data its own --out")
-    device = dist.choose_device(cfg.device)
     model, tok, meta = checkpoint.load(cfg.init_from, device, "chat")
     known, score = [meta["files"]["model.pt"]["sha256"], tok.hash], None
     if (cfg.max_seq_len or 1) > model.args.max_seq_len:
@@ -182,7 +178,15 @@ def report_of(done, cfg, rows):
 
 
 def make(cfg):
-    """What `prepare_data.py rejects` does; see its options. Returns the report, or None if only the split was made."""
+    """What `prepare_data.py rejects` does; see its options. Returns the report, None if only the split was made. Under torchrun the
+    ranks answer different parts, and rank 0 joins them."""
+    ctx = dist.init(cfg.device, listen=False)                    # nothing to save: a part that is cut off is made again
+    report = split_and_answer(cfg, ctx)
+    dist.finish(ctx)
+    return report
+
+
+def split_and_answer(cfg, ctx):
     if not 0 < cfg.share <= 1:
         raise UserError(f"--share {cfg.share} does not lie between 0 and 1; the notes reserve 0.25")
     if not cfg.init_from and not cfg.sft_out:
@@ -201,19 +205,20 @@ def make(cfg):
     if cfg.sft_out:
         if not others:
             raise UserError(f"--sft_out {cfg.sft_out}: --share {cfg.share} leaves no row for SFT")
-        write_lines(cfg.sft_out, (row for row, _ in others))
+        if ctx.main:
+            write_lines(cfg.sft_out, (row for row, _ in others))
         print(f"  -> {shown(cfg.sft_out)}: what train_sft.py may read")
     if not cfg.init_from:
         return None
     if not mine:
         raise UserError(f"--data: none of {len(chats):,} chats falls into --share {cfg.share}; give more rows or a larger share")
     mine = mine[: cfg.max_rows or None]
-    return answer(cfg, mine)
+    return answer(cfg, ctx, mine)
 
 
-def answer(cfg, chats):
-    """Generate, part by part, what is not there yet; then join the parts to --out."""
-    model, tok, score, known = load_models(cfg)
+def answer(cfg, ctx, chats):
+    """Generate, part by part, what is not there yet, every rank its share; then join the parts to --out."""
+    model, tok, score, known = load_models(cfg, ctx.device)
     own = {k: getattr(cfg, k) for k in ("max_seq_len", "max_new_tokens", "temperature", "seed")} | {"n": cfg.n if score else 1}
     signature = driver.signature_of([known, own], [], [texts(messages) for _, messages in chats])
     out, work = Path(cfg.out), Path(f"{cfg.out}.work")
@@ -226,21 +231,26 @@ def answer(cfg, chats):
         shutil.rmtree(work, ignore_errors=True)
         return before
     here = work / signature
-    if cfg.force or not here.is_dir():
+    if ctx.main and (cfg.force or not here.is_dir()):
         shutil.rmtree(work, ignore_errors=True)                  # of other settings
     try:
-        here.mkdir(parents=True, exist_ok=True)
+        here.mkdir(parents=True, exist_ok=True) if ctx.main else None
     except OSError as e:
         raise UserError(f"--out {out}: cannot make {work}: {e.strerror}; choose another place") from None
     spans = [chats[i : i + PART] for i in range(0, len(chats), PART)]
     path = lambda k: here / f"part-{k:05d}.json"
-    todo = [k for k in range(len(spans)) if not path(k).exists()]
+    todo = ctx.gather([k for k in range(len(spans)) if not path(k).exists()])[0]           # as rank 0 sees them, which has cleared the place
     if len(todo) < len(spans):
         print(f"  {len(spans) - len(todo)} of {len(spans)} parts were done before", flush=True)
-    bar = progress(total=sum(len(spans[k]) for k in todo) * own["n"], desc="rejects", unit=" answers")
-    for k in todo:
+    bar = progress(total=sum(len(spans[k]) for k in todo[ctx.rank :: ctx.world_size]) * own["n"], desc="rejects", unit=" answers", disable=not ctx.main)
+    for k in todo[ctx.rank :: ctx.world_size]:
         parts.write_json(path(k), pairs_of(spans[k], model, tok, score, cfg, bar.update))
     bar.close()
+    ctx.barrier()
+    if not ctx.main:
+        return None
+    if missing := [k for k in range(len(spans)) if not path(k).exists()]:
+        raise UserError(f"{path(missing[0])} is not there: all processes must see the same --out, on a disk that they share")
     done = [json.loads(path(k).read_text(encoding="utf-8")) for k in range(len(spans))]
     report = report_of(done, cfg, len(chats)) | {"settings": own | {"init_from": str(cfg.init_from), "rank_with": str(cfg.rank_with)}, "signature": signature}
     if not report["pairs"]:

@@ -208,6 +208,21 @@ def test_segments_keep_packed_documents_apart():
         assert (model(ids) - alone).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "naive"])
+def test_attention_by_runs_equals_attention_under_a_mask(attention):
+    """On a CPU packed rows are attended segment by segment, without a (T, T) mask: the same logits and gradients, padding and GQA included."""
+    model, ids = build(n_kv_heads=2, attention=attention), tokens(B=2)
+    segments = torch.tensor([[1] * 5 + [2] * 6 + [3], [1] * 7 + [2] * 3 + [0] * 2])
+    found = []
+    for model.by_runs in (True, False):
+        model.zero_grad()
+        logits = model(ids, segments)
+        logits.square().mean().backward()
+        found.append([logits, *(p.grad for p in model.parameters())])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
 def test_left_padding_changes_nothing():
     """Rows of 4 and 9 tokens padded on the left, prefilled and continued, equal each row alone; so does dropping
     the finished row from the cache half way (KVCache.keep)."""

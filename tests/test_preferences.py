@@ -9,7 +9,7 @@ import torch
 
 import prepare_data
 import train_dpo
-from conftest import SHAPE, flags, options, python, tiny_lm, tiny_tokenizer, write_jsonl
+from conftest import SHAPE, flags, options, python, run_ranks, tiny_lm, tiny_tokenizer, write_jsonl
 from nanollm import checkpoint, preferences
 from nanollm.config import run
 from nanollm.corpus import parts
@@ -115,6 +115,21 @@ def test_neither_batch_size_nor_order_changes_the_pairs(files, tmp_path, rank, m
     write_jsonl(tmp_path / "chats.jsonl", questions(120)[::-1])
     assert make(files, tmp_path / "r.jsonl", **more, data=[str(tmp_path / "chats.jsonl")])[0] == want[::-1]
     assert make(files, tmp_path / "s.jsonl", seed=1, **more)[0] != want
+
+
+def rank_worker(out):
+    preferences.PART = 16
+    run(prepare_data.rejects, Rejects, "", command(out / "files", out / "two.jsonl", share=0.6, sft_out=str(out / "sft.jsonl")))
+
+
+def test_two_ranks_share_the_parts_and_write_what_one_writes(files, tmp_path, monkeypatch):
+    """Under torchrun every rank answers every second part; the joined file is the same to the byte."""
+    shutil.copytree(files, tmp_path / "files")
+    run_ranks("test_preferences.rank_worker", tmp_path)
+    monkeypatch.setattr(preferences, "PART", 16)
+    make(files, tmp_path / "one.jsonl", share=0.6)
+    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+    assert "2 processes" in (tmp_path / "rank0.log").read_text(encoding="utf-8") and not (tmp_path / "two.jsonl.work").exists()
 
 
 def kill_worker(out):

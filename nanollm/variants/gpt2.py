@@ -53,4 +53,5 @@ def gpt2(model):
     for name, p in model.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(p)
+    model.by_runs = False                                    # FirstBlock counts positions in the mask
     model.rope_cos, model.rope_sin = torch.ones_like(model.rope_cos), torch.zeros_like(model.rope_sin)
