@@ -3,14 +3,15 @@ The comparison with trl stands in test_trl_parity.py."""
 import math
 import os
 import shutil
+import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import chats, flags, largest_difference, metrics, options, run_ranks, tiny_lm, tiny_tokenizer, weights, write_world
-from nanollm import checkpoint, dist
+from conftest import chats, flags, largest_difference, metrics, options, python, run_ranks, tiny_lm, tiny_tokenizer, weights, write_world
+from nanollm import checkpoint, dist, distill
 from nanollm.config import UserError
 from nanollm.data import ChatRows
 from nanollm.distill import Cache, Teacher, distill_loss, divergence, in_buckets, kd_loss_sum, load_teacher
@@ -170,6 +171,42 @@ def test_the_cache_is_written_once_for_one_teacher_temperature_and_data(tmp_path
     first.path(0).write_bytes(first.path(0).read_bytes()[:-100])
     with pytest.raises(UserError, match="00000.pt cannot be read"):
         make().block(0)
+
+
+def kill_worker(out):
+    """A fork writes the cache, two rows a file, and is killed with SIGKILL when the third file is about to get its name; the next one
+    at once after that."""
+    distill.BLOCK, replace = 2, os.replace
+    for after in (False, True):
+        pid, named = os.fork(), []
+        if pid == 0:
+            def deadly(aside, path):
+                named.append(path)
+                replace(aside, path) if after or len(named) < 3 else None
+                os.kill(os.getpid(), signal.SIGKILL) if after or len(named) == 3 else None
+            os.replace = deadly
+            try:
+                Cache(Teacher(config(out), tiny_lm(seed=2), tiny_tokenizer()), [], rows_of(), config(out), CTX, PLAIN)
+            finally:
+                os._exit(1)                                      # only reached if nothing killed us
+        _, status = os.waitpid(pid, 0)
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
+
+
+def test_killed_while_the_cache_is_written_it_goes_on_and_says_the_same(tmp_path, monkeypatch):
+    """kill -9 twice: the third run writes only the files that are not there, and reads from them what an undisturbed cache holds."""
+    with open(tmp_path / "log", "w+b") as log:
+        code = "import test_distill, pathlib; test_distill.kill_worker(pathlib.Path(sys.argv[1]))"
+        assert python(code, tmp_path, log=log).wait(timeout=600) == 0, (tmp_path / "log").read_text(encoding="utf-8", errors="replace")[-3000:]
+    written, write = [], Cache.write
+    monkeypatch.setattr(Cache, "write", lambda self, b, *a: (written.append(b), write(self, b, *a)))
+    monkeypatch.setattr(distill, "BLOCK", 2)
+    teacher, rows = Teacher(config(tmp_path), tiny_lm(seed=2), tiny_tokenizer()), rows_of()
+    killed = Cache(teacher, [], rows, config(tmp_path), CTX, PLAIN)
+    n = -(-len(rows) // 2)
+    assert len(list(killed.folder.glob("*.pt"))) == n > 4 and written == list(range(3, n))       # two files, then one more, were whole
+    whole = Cache(teacher, [], rows, config(tmp_path, kd_cache=str(tmp_path / "whole")), CTX, PLAIN)
+    assert all(torch.equal(killed.block(b)[name], whole.block(b)[name]) for b in range(n) for name in ("ids", "logps"))
 
 
 def test_number_formats_do_not_share_a_cache(tmp_path):

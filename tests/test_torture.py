@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import train_pretrain
-from conftest import ROOT, flags, metrics, options, python, run_ranks, stories, tiny_tokenizer, weights, write_world
-from nanollm import checkpoint, dist
+from conftest import ROOT, flags, metrics, options, python, run_ranks, stories, tiny_lm, tiny_tokenizer, weights, write_world
+from nanollm import checkpoint, dist, distill
 from nanollm.config import run
 from nanollm.corpus.pack import write_tokens
 from nanollm.optim import update
@@ -32,6 +32,7 @@ mix = { tokens = 0.2, more = 0.8 }
 RUNS = {"pretrain": {}, "pretrain-muon-dropout": {"optimizer": "muon", "dropout": 0.1}, "pretrain-fp16": {"dtype": "float16"},
         "pretrain-phases": {"phases": "phases.toml"}, "pretrain-rollback": {"rollback": 12, "rollback_lr": 0.1, "schedule": "constant"},
         "pretrain-patience": {"patience": 50, "milestones": ["3", "9", "27"]}, "sft": {}, "sft-lora": {**LORA, "lora_dropout": 0.1}, "rm": {},
+        "sft-teacher": {"teacher": "teacher"}, "pretrain-teacher": {"teacher": "teacher", "kd_cache": "said", "kd_top_k": 8},
         "sft-mix": {"data": ["chats.jsonl:0.7", "chats_val.jsonl:0.3"]}, "rm-divergence": {"loss": "divergence"},
         "dpo": {}, "dpo-lora": LORA, "dpo-kto": {"loss": "kto"}, "dpo-cached": {"precompute_ref": True, "pair_curriculum": 1.0},
         "ppo": {}, "ppo-grpo": {"algorithm": "grpo", "group": 2}}
@@ -46,6 +47,7 @@ def torture_world(root):
         tiny_tokenizer().save(folder / "tokenizer")
     for split, texts in (("train", stories(90)[30:]), ("val", stories(100)[90:])):
         write_tokens(root / "more", split, texts, tiny_tokenizer())
+    checkpoint.save(root / "teacher", 3, tiny_lm(seed=2), tiny_tokenizer(), "sft", None)
     (root / "phases.toml").write_text(PHASES, encoding="utf-8")
     return root
 
@@ -58,6 +60,10 @@ def play(variant, world, out, **changes):
         more["data"] = [str(world / word) for word in more["data"]]
     if "phases" in more:
         more |= {"phases": str(world / more["phases"]), "data": str(world)}
+    if "teacher" in more:
+        more["teacher"] = str(world / more["teacher"])
+    if "kd_cache" in more:                                    # a file for every second row: some kills find it half written
+        distill.BLOCK, more["kd_cache"] = 2, str(out.parent / f"{out.name}-said")
     if variant == "pretrain-rollback":
         break_the_numbers_at_the_full_rate()
     if stage == "dpo":
