@@ -149,7 +149,8 @@ def main(cfg):
         if its_tokenizer.hash != tokenizer.hash or reference.args != raw.args:
             raise UserError(f"--reference {cfg.reference} has another tokenizer or shape than --init_from {cfg.init_from}; use a relative of it")
     share = cfg.share_prompt and cfg.loss != "kto" and pairs.can_share(raw, cfg)      # kto's second answer is not read with the first
-    train, val = PreferenceRows.load(cfg, tokenizer, T, labelled=cfg.loss == "kto", cut_answers=True, share=share)
+    tight = ctx.device.type == "cpu" and raw.by_runs         # padding costs nothing there
+    train, val = PreferenceRows.load(cfg, tokenizer, T, labelled=cfg.loss == "kto", cut_answers=True, share=share, tight=tight)
     if cfg.loss in REFERENCE_FREE:                           # what the chosen answers' probability is compared with later
         before = validate(raw, None, val, ctx, autocast, cfg)["val/chosen_logp"]
     elif cfg.precompute_ref or cfg.pair_curriculum:

@@ -19,6 +19,7 @@ from nanollm.log import Logger
 from nanollm.losses import IGNORE_INDEX
 from nanollm.model import parameter_count
 from nanollm.optim import Guard, get_lr, make_optimizer, update
+from nanollm.pairs import without_padding
 from nanollm.rl import (adapt_kl, explained_variance, gae, group_advantages, grpo_loss, masked_mean, masked_whiten, place_reward, ppo_policy_loss,
                         ppo_value_loss)
 from nanollm.rollout import PromptRows, backward, experience, fold, load_models, logps_of, minibatches, shape, share_of, summary, texts
@@ -125,7 +126,7 @@ def policy_loss(model, batch, cfg):
 def value_loss(model, batch, cfg):
     """The same of the critic."""
     mask = batch["targets"] != IGNORE_INDEX
-    loss, count, metrics = ppo_value_loss(model(batch["inputs"]), batch["values"], batch["returns"], mask, cfg.value_clip)
+    loss, count, metrics = ppo_value_loss(model(batch["inputs"], without_padding(batch["targets"])), batch["values"], batch["returns"], mask, cfg.value_clip)
     return loss, count, metrics | {"value_loss": loss.detach()}
 
 

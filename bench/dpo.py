@@ -146,7 +146,7 @@ def measure(cfg, side):
     torch.manual_seed(0)
     stdout, sys.stdout = sys.stdout, sys.stderr              # what a library prints is no result
     tok = tokenizer.load(Path(cfg.out).parent / "dpo_tokenizer")
-    rows = PreferenceRows(usable(cfg), tok, cfg.seq_len, cut_answers=True, share="in place" not in side)
+    rows = PreferenceRows(usable(cfg), tok, cfg.seq_len, cut_answers=True, share="in place" not in side, tight=True)
     seconds = (ours if side.startswith("ours") else trls)(cfg, tok, rows, "precomputed" in side)[cfg.warmup:]
     mean = sum(seconds) / len(seconds)
     print(json.dumps({"side": side, "pairs_per_s": cfg.batch_size * cfg.accumulation / mean, "seconds_an_update": mean, "peak_rss_mb": env.peak_rss_mb()}),

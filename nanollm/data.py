@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import sys
 import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -653,7 +654,8 @@ class ChatRows:
         """Print the first n rows as the model sees them, a token a line: place, chat within the row, id, 1 if it is learnt, text;
         the learnt ones in green. What is wrong with a mask is seen here within a minute."""
         names = {i: name for name, i in tok.control.items()}
-        green, grey, off = ("", "", "") if "NO_COLOR" in os.environ else ("\033[1;32m", "\033[90m", "\033[0m")
+        colours = "FORCE_COLOR" in os.environ or sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        green, grey, off = ("", "", "") if not colours else ("\033[1;32m", "\033[90m", "\033[0m")
         for r, row in enumerate(self.rows[:n], 1):
             tokens = []
             for chat, i in enumerate(row, 1):
@@ -682,9 +684,10 @@ class PreferenceRows:
         """(train, val) as a script's config names them."""
         return [cls(rows, tok, max_seq_len, cfg.out_dir, cfg.max_bad, **options) for rows in split_rows(cfg)]
 
-    def __init__(self, rows, tok, max_seq_len, out_dir=None, max_bad=0.1, labelled=False, cut_answers=False, share=False):
-        """rows: [(where, row)] as read_rows returns them. share: may prompts be read apart from their answers?"""
-        self.pad_id, self.max_seq_len, self.share = tok.pad_id, max_seq_len, share
+    def __init__(self, rows, tok, max_seq_len, out_dir=None, max_bad=0.1, labelled=False, cut_answers=False, share=False, tight=False):
+        """rows: [(where, row)] as read_rows returns them. share: may prompts be read apart from their answers? tight: whole rows cost
+        nothing for their padding (pairs.without_padding)."""
+        self.pad_id, self.max_seq_len, self.share, self.tight = tok.pad_id, max_seq_len, share, tight
         self.pairs, self.questions, self.margins, self.desirable, self.ref_logps = [], [], [], None, None
         bad, found = [], []
         for where, row in rows:
@@ -733,12 +736,14 @@ class PreferenceRows:
 
     def shares(self, rows):
         """Is reading the prompts of this batch once, in a pass of their own, less work? Padded to the longest, B prompts and 2B
-        answers beside 2B whole rows. It costs a second pass and a mask, so a gain below SHARE_FROM is none (bench/dpo.py)."""
+        answers beside 2B whole rows, these padded unless `tight`. It costs a second pass and a mask, so a gain below SHARE_FROM is
+        none (bench/dpo.py)."""
         if not (self.share and len(rows)):
             return False
         prompts, answers = (max(len(p) for p, _, _ in rows), max(max(len(a), len(b)) for _, a, b in rows))
-        whole = max(len(p) + max(len(a), len(b)) for p, a, b in rows)
-        return 2 * whole > SHARE_FROM * (prompts + 2 * answers) and prompts + answers < self.max_seq_len
+        padded = 2 * len(rows) * max(len(p) + max(len(a), len(b)) for p, a, b in rows)
+        whole = sum(2 * len(p) + len(a) + len(b) for p, a, b in rows) if self.tight else padded
+        return whole > SHARE_FROM * len(rows) * (prompts + 2 * answers) and prompts + answers < self.max_seq_len
 
     def sides(self, rows):
         """(rows to be read (2B) as lists of ids, the prompts before them (B, P) padded with -1 on the left, or None). A row of answers

@@ -99,11 +99,9 @@ def naive_attention(q, k, v, mask, dropout_p=0.0):
 
 def attention_of_runs(q, k, v, runs, attend):
     """Causal attention inside each run of tokens and nowhere else: attend(q, k, v) on one run after the other, so the work grows with
-    the squares of the runs and not with that of the row. q (B, H, T, D), k and v alike; runs: lengths that fill the B rows in turn."""
-    B, H, T, D = q.shape
-    parts = zip(*(t.transpose(1, 2).reshape(1, B * T, H, D).transpose(1, 2).split(runs, dim=2) for t in (q, k, v)))        # (1, H, run, D)
-    out = torch.cat([attend(*part).transpose(1, 2) for part in parts], dim=1)                                              # (1, B T, H, D)
-    return out.view(B, T, H, D).transpose(1, 2)
+    the squares of the runs and no (T, T) mask is made. q (1, H, T, D), k and v alike; runs: lengths that add up to T."""
+    parts = zip(*(t.split(runs, dim=2) for t in (q, k, v)))                                   # (1, H, run, D)
+    return torch.cat([attend(*part).transpose(1, 2) for part in parts], dim=1).transpose(1, 2)
 
 
 class Linear(nn.Linear):
@@ -209,6 +207,14 @@ def causal_mask(T, cache=None, segments=None, seen=None, device=None):
     return mask if segments is None else mask & (segments[:, None, :, None] == seen[:, None, None, :])     # (B, 1, T, S)
 
 
+def end_to_end(tokens, segments):
+    """The segments of all rows (B, T) in one row, without the padding (segment 0): tokens (1, N), where each stood (rows (N,),
+    columns (N,)), and the segments' lengths."""
+    text = segments.nonzero(as_tuple=True)
+    number = text[0] * (segments.size(1) + 1) + segments[text]          # of the segment, over all rows
+    return tokens[text][None], text, number.unique_consecutive(return_counts=True)[1].tolist()
+
+
 class KVCache:
     """Keys and values of the tokens already read, so that each new token costs one column and not a square."""
     endless = False             # True: forgets what is far away, so that a text may outgrow max_seq_len
@@ -256,7 +262,7 @@ class Transformer(nn.Module):
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
         self.mask, self.cache = causal_mask, KVCache          # a variant may put another function and another class here
-        self.by_runs = True                  # packed rows on a CPU: attention_of_runs. False where a mask of one shape is wanted
+        self.by_runs = True                  # segments on a CPU: attention_of_runs. False where a mask of one shape is wanted
         self.checkpointing = False           # True: keep only the blocks' inputs, compute the rest again in the backward pass
         self.init_weights()
 
@@ -283,6 +289,8 @@ class Transformer(nn.Module):
         segments (B, T): tokens attend only inside their own segment, a run of equal numbers. This one mechanism keeps packed documents
         apart (1, 2, 3, … along a row) and hides left padding in batched generation (0 for pads, 1 for text).
         Positions need no reset: RoPE only sees distances. None = the whole row is one segment.
+
+        On a CPU the segments are laid end to end without the padding (segment 0), for which nothing is computed: it comes out as 0.
         """
         T, start = tokens.size(1), cache.position if cache is not None else 0
         if start + T > self.args.max_seq_len:
@@ -290,16 +298,20 @@ class Transformer(nn.Module):
         seen = segments
         if cache is not None and segments is not None:
             seen = cache.segments = segments if cache.segments is None else torch.cat((cache.segments, segments), 1)    # (B, S)
-        if segments is not None and cache is None and tokens.device.type == "cpu" and self.by_runs and self.mask is causal_mask:
-            mask = [n for row in segments for n in row.unique_consecutive(return_counts=True)[1].tolist()]
+        shape, at = tokens.shape, slice(start, start + T)
+        runs = segments is not None and cache is None and tokens.device.type == "cpu" and self.by_runs and self.mask is causal_mask and segments.any()
+        if runs:
+            tokens, text, mask = end_to_end(tokens, segments)                             # (1, N)
+            at = torch.cat([torch.arange(n) for n in mask])                               # (N,)
         else:
             mask = self.mask(T, cache, segments, seen, tokens.device)
-        cos, sin = self.rope_cos[start : start + T], self.rope_sin[start : start + T]
+        cos, sin = self.rope_cos[at], self.rope_sin[at]
         x = self.dropout(self.tok_embeddings(tokens))                                     # (B, T, C)
         again = self.checkpointing and torch.is_grad_enabled() and cache is None          # Chen et al. 2016, arXiv:1604.06174;
         for layer in self.layers:                                                         # dropout draws the same masks again
             x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False) if again else layer(x, cos, sin, mask, cache)
-        return self.norm(x)
+        h = self.norm(x)
+        return h.new_zeros(*shape, h.size(-1)).index_put(text, h[0]) if runs else h
 
     def forward(self, tokens, segments=None, cache=None, head=None):
         """Logits (B, T, V), or with a head whatever head(hidden (B, T, C), self.output) returns: a loss that never holds all

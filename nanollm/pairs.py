@@ -11,7 +11,7 @@ import torch
 
 from nanollm import peft
 from nanollm.config import UserError
-from nanollm.losses import KINDS, REFERENCE_FREE, linear_sequence_logps
+from nanollm.losses import IGNORE_INDEX, KINDS, REFERENCE_FREE, linear_sequence_logps
 from nanollm.model import KVCache
 from nanollm.sampler import uniform
 from nanollm.variants import mark_prefix
@@ -57,10 +57,16 @@ def spared(prompts):
     return 0 if prompts is None else 2 * (prompts >= 0).sum()
 
 
+def without_padding(targets):
+    """Segments (N, T) that end with each row's last target, with which a CPU computes nothing for the padding behind it
+    (Transformer.hidden); None on a GPU, where the plain causal kernel is faster than a mask."""
+    return None if targets.is_cuda else (targets != IGNORE_INDEX).flip(1).cummax(1).values.flip(1).long()
+
+
 def answer_logps(model, inputs, targets, prompts=None):
     """(log p of each answer, a sum over its tokens (N,); number of tokens (N,)). inputs, targets (N, T), targets on the answers
     only. prompts (B, P): what rows i, i + B, … go on from, see read_prompts; None = it stands in the rows."""
-    cache, segments = None, mark_prefix(model, None, targets)                              # None unless the policy is a prefix-LM
+    cache, segments = None, mark_prefix(model, without_padding(targets), targets)
     if prompts is not None:
         cache = read_prompts(model, prompts, len(inputs) // len(prompts), head=lambda h, output: None)
         segments = torch.ones_like(inputs)

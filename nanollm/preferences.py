@@ -53,15 +53,16 @@ def read_chats(paths, max_bad):
     return chats
 
 
-def scored(score, rows, prompts, answers, batch_size):
+def scored(score, rows, prompts, answers, cfg, tok):
     """rollout.load_reward's score of answers (ids, <|im_end|> included) to prompts, like lengths in one batch. -> list of float."""
     scores, order = [0.0] * len(rows), sorted(range(len(rows)), key=lambda i: len(prompts[i]) + len(answers[i]))
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
+    for start in range(0, len(order), cfg.batch_size):
+        batch = order[start : start + cfg.batch_size]
         for i, value in zip(batch, score(*([of[i] for i in batch] for of in (rows, prompts, answers)))):
             scores[i] = value
-    if not all(map(math.isfinite, scores)):
-        raise UserError("--rank_with gave an answer a score that is no finite number; mend the rule, or take another reward model")
+    for answer, value in zip(answers, scores):
+        if not math.isfinite(value):
+            raise UserError(f"--rank_with {cfg.rank_with} gave {value} for {tok.decode(answer[:-1])!r}: a score must be a finite number")
     return scores
 
 
@@ -117,7 +118,7 @@ def pairs_of(chats, model, tok, score, cfg, moved):
     if score:
         some = [[s for s in of if s[2] and s[0].strip() and fits(prompt, s[1])] for (_, _, prompt, _), of in zip(todo, samples)]
         flat = [(row, prompt, s[1] + [tok.end_id]) for (row, _, prompt, _), of in zip(todo, some) for s in of]
-        values = iter(scored(score, *([x[k] for x in flat] for k in range(3)), cfg.batch_size))
+        values = iter(scored(score, *([x[k] for x in flat] for k in range(3)), cfg, tok))
         scores = [[next(values) for _ in of] for of in some]
         found = [ranked(of, of_scores) for of, of_scores in zip(some, scores)]
         for of_scores, pair in zip(scores, found):

@@ -16,6 +16,7 @@ from nanollm.config import UserError
 from nanollm.data import collate, question_of, report_bad, split_rows, to_messages, to_preference
 from nanollm.generate import write_batch
 from nanollm.losses import IGNORE_INDEX
+from nanollm.pairs import without_padding
 from nanollm.rl import NORMALIZERS, answer_count, kl_k1, token_logps
 from nanollm.sampler import permute, uniform
 from nanollm.tokenizer import render
@@ -99,11 +100,14 @@ def load_reward(spec, tok, max_seq_len, device, flag="--reward"):
         raise UserError(f"{flag} {spec}: {path} defines no function {name}; write one: def {name}(row, text) -> number")
 
     def judge(rows, prompts, answers):
-        texts = [tok.decode([t for t in a if t not in tok.stop_ids]) for a in answers]
-        try:
-            return [float(rule(row, text)) for row, text in zip(rows, texts)]
-        except Exception as e:
-            raise UserError(f"{flag} {spec} failed on an answer: {type(e).__name__}: {e}") from None
+        numbers = []
+        for row, answer in zip(rows, answers):
+            text = tok.decode([t for t in answer if t not in tok.stop_ids])
+            try:
+                numbers.append(float(rule(row, text)))
+            except Exception as e:
+                raise UserError(f"{flag} {spec} failed on the answer {text!r}: {type(e).__name__}: {e}; it must return a number") from None
+        return numbers
     return judge, None
 
 
@@ -148,7 +152,7 @@ def join(parts, fill):
 
 def logps_of(model, inputs, targets, temperature):
     """log p of the answers' tokens and the entropy beside them, both (B, T)."""
-    return model(inputs, mark_prefix(model, None, targets), head=lambda h, output: token_logps(h, output, targets, temperature))
+    return model(inputs, mark_prefix(model, without_padding(targets), targets), head=lambda h, output: token_logps(h, output, targets, temperature))
 
 
 @torch.no_grad()
@@ -173,7 +177,7 @@ def experience(actor, reference, critic, score, data, rows, samples, seed, cfg, 
             with peft.disable_adapter(actor) if reference is None else nullcontext():
                 part["ref"] = logps_of(reference or actor, inputs, targets, cfg.temperature)[0]
             if critic is not None:
-                part["values"] = critic(inputs)              # v_t: what the critic expects before token t + 1 is drawn
+                part["values"] = critic(inputs, without_padding(targets))              # v_t: what the critic expects before token t + 1 is drawn
         ended = torch.tensor([answer[-1] == tokenizer.end_id for answer in answers[some]])
         parts.append({k: v.cpu() for k, v in part.items()} | {"sample": torch.as_tensor(samples[some]), "scores": torch.tensor(scores), "ended": ended})
     everywhere = ctx.gather((parts, failed))

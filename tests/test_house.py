@@ -196,7 +196,7 @@ CORPUS_CORE = {"clean.py", "bpe.py", "stage.py"}       # the rest of corpus/ is 
 
 
 def test_the_road_stays_readable():
-    """model.py at most 400 lines; what one must read to follow a text from prepare_data.py to chat.py about 3,770 lines of
+    """model.py at most 400 lines; what one must read to follow a text from prepare_data.py to chat.py about 3,800 lines of
     package and 2,050 of scripts; no line too wide. Aside stand the demo world, pictures, evaluation, interchange, planner, slices and
     variants; the corpus tools at scale; corpus/edits.py, the rules of cleaning, which one looks up and does not read; and
     mixture.py, distill.py and preferences.py, which only runs with their options come to; and reinforcement learning."""
@@ -206,7 +206,7 @@ def test_the_road_stays_readable():
     assert length(SCRIPTS) <= 2050
     aside = {"tools", "variants", "world.py", "report.py", "evaluation.py", "hf.py", "peft.py", "foreign_tokenizers.py", "curriculum.py", "distill.py", "preferences.py", "mixture.py", "parallel.py", "zero.py", "by_hand.py",
              "plan.py", "plot.py", "env.py", "rl.py", "rollout.py"}
-    assert length(p for p in PACKAGE if not aside & set(p.parts) and (p.parent.name != "corpus" or p.name in CORPUS_CORE)) <= 3770
+    assert length(p for p in PACKAGE if not aside & set(p.parts) and (p.parent.name != "corpus" or p.name in CORPUS_CORE)) <= 3800
     assert all(len(line) <= 160 for p in [*PACKAGE, *SCRIPTS] for line in p.read_text(encoding="utf-8").splitlines())
 
 

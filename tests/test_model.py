@@ -212,15 +212,27 @@ def test_segments_keep_packed_documents_apart():
 def test_attention_by_runs_equals_attention_under_a_mask(attention):
     """On a CPU packed rows are attended segment by segment, without a (T, T) mask: the same logits and gradients, padding and GQA included."""
     model, ids = build(n_kv_heads=2, attention=attention), tokens(B=2)
-    segments = torch.tensor([[1] * 5 + [2] * 6 + [3], [1] * 7 + [2] * 3 + [0] * 2])
+    segments = torch.tensor([[1] * 5 + [2] * 6 + [3], [0] + [1] * 6 + [2] * 3 + [0] * 2])
     found = []
     for model.by_runs in (True, False):
         model.zero_grad()
-        logits = model(ids, segments)
+        logits = model(ids, segments)[segments > 0]
         logits.square().mean().backward()
         found.append([logits, *(p.grad for p in model.parameters())])
     for a, b in zip(*found):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_nothing_is_computed_for_padding():
+    """On a CPU the blocks see the text alone, end to end in one row, also a row longer than the context; padding comes out as 0, and a
+    batch of nothing but padding still gives logits that can be differentiated."""
+    model, ids, seen = build(max_seq_len=12), tokens(B=3), []
+    segments = torch.tensor([[1] * 12, [1] * 2 + [0] * 10, [0] * 5 + [1] * 3 + [2] * 4])
+    model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    logits = model(ids, segments)
+    assert seen.pop() == (1, 12 + 2 + 7, model.args.dim) and logits[segments == 0].abs().max() == 0
+    torch.testing.assert_close(logits[0], model(ids[:1])[0], atol=1e-5, rtol=0)
+    model(ids, 0 * segments).sum().backward()
 
 
 def test_left_padding_changes_nothing():

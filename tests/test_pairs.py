@@ -458,8 +458,8 @@ def test_a_prompt_read_once_gives_the_reward_loss_and_gradient_of_two_whole_rows
 
 
 def test_prompts_are_shared_where_it_saves_work_and_fits():
-    """Long prompts: yes. Short prompts with long answers, one row too long for its neighbour's prompt, or a variant: no. Tokens are
-    counted alike either way."""
+    """Long prompts: yes. Short prompts with long answers, one row too long for its neighbour's prompt, rows of which more is padding
+    than prompt where padding is free, or a variant: no. Tokens are counted alike either way."""
     apart, within = both_ways()
     pad = tiny_tokenizer().pad_id
     counts = [(x != pad).sum() + pairs_module.spared(p) for x, _, p, _ in (rows.batch(range(4)) for rows in (apart, within))]
@@ -468,6 +468,8 @@ def test_prompts_are_shared_where_it_saves_work_and_fits():
     assert short.batch([0])[2] is None
     apart.max_seq_len = 100
     assert apart.batch(range(4))[2] is None
+    uneven = [{"prompt": "question " * (1 + 3 * i), "chosen": "yes " * 40, "rejected": "no " * 2} for i in range(4)]        # what padding costs, reading
+    assert [rows_of(uneven, 400, share=True, tight=tight).batch(range(4))[2] is None for tight in (False, True)] == [False, True]       # twice does not
     cfg = train_dpo.Config()
     assert pairs_module.can_share(tiny_lm(), cfg)
     assert not pairs_module.can_share(types.SimpleNamespace(args=types.SimpleNamespace(variants=["gpt2"])), cfg)

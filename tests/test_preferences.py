@@ -257,8 +257,9 @@ REFUSALS = {
     "a share of nothing": (lambda t, f: {"share": 0.0}, "does not lie between"),
     "pairs": (lambda t, f: {"data": [write_jsonl(t / "p.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 3)]}, "train_rm.py or train_dpo.py"),
     "a file of somebody else": (lambda t, f: {"out": write_jsonl(t / "mine.jsonl", [{"a": 1}])}, "did not write it"),
-    "a rule that returns no number": (lambda t, f: {"rank_with": f"{rule_of(t, NAN)}:rule"}, "no finite number"),
-    "a rule that fails": (lambda t, f: {"rank_with": f"{rule_of(t, FAILS)}:rule"}, "rule.py:rule failed on an answer: KeyError"),
+    "a rule that returns no number": (lambda t, f: {"rank_with": f"{rule_of(t, NAN)}:rule"}, "rule.py:rule gave nan for '"),
+    "a rule that returns nothing": (lambda t, f: {"rank_with": f"{rule_of(t, 'return None')}:rule"}, "it must return a number"),
+    "a rule that fails": (lambda t, f: {"rank_with": f"{rule_of(t, FAILS)}:rule"}, "KeyError: 'none'; it must return a number"),
     "its own input as output": (lambda t, f: {"sft_out": str(f / "chats.jsonl")}, "is one of the other files"),
     "answers that never end": (lambda t, f: {"max_new_tokens": 1, "max_rows": 3}, "no pair is left"),
 }

@@ -489,7 +489,7 @@ REFUSALS = {
     "a rule without a name": ("ppo", lambda t, w: {"reward": rule(t, "def f(row, text): return 1")}, "name the function, too: --reward .*:NAME"),
     "a rule without its function": ("ppo", lambda t, w: {"reward": rule(t, "def g(row, text): return 1") + ":f"}, "defines no function f"),
     "a rule that cannot be read": ("ppo", lambda t, w: {"reward": rule(t, "def f(") + ":f"}, "cannot be run"),
-    "a rule that fails": ("ppo", lambda t, w: {"reward": rule(t, "def f(row, text): return row['none']") + ":f"}, "failed on an answer: KeyError"),
+    "a rule that fails": ("ppo", lambda t, w: {"reward": rule(t, "def f(row, text): return row['none']") + ":f"}, "KeyError: 'none'; it must return a number"),
     "a rule that gives nan": ("ppo", lambda t, w: {"reward": rule(t, "def f(row, text): return float('nan')") + ":f"}, "gave nan for '.*a finite number"),
     "a reference of another shape": ("ppo", lambda t, w: {"reference": str(checkpoint.save(t / "ref", 1, tiny_lm(n_layers=1), tiny_tokenizer(), "sft", None))},
                                      "another shape"),

@@ -289,8 +289,8 @@ def test_keep_start_keeps_the_first_tokens(tok):
 # ---- looking at rows -------------------------------------------------------------------------------------------------
 
 def test_inspect_prints_token_id_and_mask_in_colour_and_trains_nothing(world, tmp_path, capsys, monkeypatch):
-    """A line a token: what is green, and only that, has mask 1 and spells the answers and their ends. NO_COLOR takes the colour off."""
-    monkeypatch.delenv("NO_COLOR", raising=False)
+    """A line a token: what is green, and only that, has mask 1 and spells the answers and their ends. A pipe gets no colours, unless FORCE_COLOR asks for them."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
     kwargs = options("sft", world, tmp_path / "out", inspect=2, max_seq_len=60)
     train_sft.main(train_sft.Config(**kwargs))
     said = capsys.readouterr().out
@@ -301,7 +301,7 @@ def test_inspect_prints_token_id_and_mask_in_colour_and_trains_nothing(world, tm
     assert len(re.findall(r"\033\[90m +\d+ +\d+ +\d+ +0  ", said)) == sum(len(train.examples[i][0]) + 1 - len(learnt(train.examples[i][1]))
                                                                       - (train.examples[i][1][-1] == IGNORE_INDEX) for r in (0, 1) for i in train.rows[r])
     assert "<|im_end|>" in said and said.count("of them learnt") == 2 and not (tmp_path / "out").exists() and tok.im_end_id in want
-    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.delenv("FORCE_COLOR")
     train_sft.main(train_sft.Config(**kwargs))
     assert "\033" not in capsys.readouterr().out
 
