@@ -1,34 +1,57 @@
-"""Talk to a checkpoint in the terminal.
+"""Talk to a checkpoint: in the terminal, or as a server with a page that shows what the model does.
 
     python chat.py --init_from out/demo/dpo
     python chat.py --init_from out/demo/dpo --prompt "你会从3数到7吗？"      answer this and leave
+    python chat.py --init_from out/demo/sft out/demo/dpo --serve             a page in the browser, and OpenAI's API
 
-/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer. A checkpoint that has only been
+/reset forgets the conversation, /regenerate answers again, /probs shows what the last answer might have been, /save and /load keep
+a conversation, /system TEXT sets the system prompt, /exit or Ctrl-D leaves, Ctrl-C stops an answer. A checkpoint that has only been
 pretrained cannot answer; it goes on with the text instead.
 """
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from nanollm import checkpoint, dist
+from nanollm.beam import beam_search
 from nanollm.config import UserError, arg, run
-from nanollm.generate import generate
+from nanollm.data import messages_from
+from nanollm.generate import StopStrings, show_step, steps
 from nanollm.tokenizer import StreamDecoder, render
+
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "no_repeat_ngram")
+HELP = ("[/reset forgets the conversation, /regenerate answers again, /probs shows the last answer's probabilities, /save FILE and /load FILE, "
+        "/system TEXT, /exit ends; Ctrl-C stops an answer]")
 
 
 @dataclass
 class Config:
-    init_from: str = arg("out/demo/dpo", "checkpoint or run directory")
+    init_from: list = arg(["out/demo/dpo"], "checkpoint or run directory; with --serve one or several, to be compared")
     prompt: list = arg([], "one or more messages to answer one by one, each in a fresh conversation, without a dialogue")
     system: str = arg("", "system prompt; empty = none, as in training")
     temperature: float = arg(0.7, "0 = greedy; 1 = the model's own distribution")
     top_p: float = arg(0.9, "sample from the smallest set of tokens with this probability")
     top_k: int = arg(0, "sample from the k likeliest tokens; 0 = all")
-    repetition_penalty: float = arg(1.05, "above 1 makes tokens already in the context less likely; 1 = off")
+    min_p: float = arg(0.0, "sample only from tokens at least this many times as likely as the likeliest; 0 = all")
+    repetition_penalty: float = arg(1.0, "above 1 makes tokens already in the context less likely; 1 = off")
+    no_repeat_ngram: int = arg(0, "no so many tokens in a row may come twice; 0 = off")
     max_new_tokens: int = arg(256, "longest answer", unit="tokens")
+    stop: list = arg([], "strings at which an answer ends; they are not shown")
+    beams: int = arg(1, "above 1: a beam search of this width in place of sampling; the best answer is shown when it is whole", least=1)
+    length_penalty: float = arg(1.0, "with --beams: 0 prefers short answers, more than 1 long ones")
+    show_probs: bool = arg(False, "after each answer, the likeliest tokens of each step")
     seed: int = arg(0, "of the sampling; the same seed and messages give the same answers")
     variants: list = arg([], "architecture options to put on the model; sliding_window: answers may outgrow the context")
+    quantize: str = arg("", "int8, int4 or nf4: weights in so many bits (docs/quantization.md); empty = as they are")
     device: str = arg("auto", "auto, cpu, cuda, cuda:N, mps")
+    serve: bool = arg(False, "serve a page and OpenAI's API instead of a dialogue (extra: web)")
+    host: str = arg("127.0.0.1", "address to serve on; 0.0.0.0 = whoever can reach this machine")
+    port: int = arg(8000, "port to serve on; 0 = any that is free")
+    together: int = arg(4, "answers in the making at once, when serving", least=1)
+    queue: int = arg(32, "requests that may wait for their turn, 0 = none; more get the error 429")
+    max_request_bytes: int = arg(250_000, "longest request", unit="bytes", least=1)
 
 
 def fit_history(tok, messages, room):
@@ -49,51 +72,125 @@ class Chat:
     def __init__(self, model, tok, cfg, completion):
         self.model, self.tok, self.cfg, self.completion, self.told = model, tok, cfg, completion, False
         self.generator = torch.Generator(next(model.parameters()).device).manual_seed(cfg.seed)
+        self.system = cfg.system
         self.reset()
 
     def reset(self):
-        self.messages = [{"role": "system", "content": self.cfg.system}] if self.cfg.system else []
+        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+        self.steps = []                                      # of the last answer
+
+    def ids(self):
+        """What the model reads: the newest part of the conversation, up to where the answer begins."""
+        if self.completion:
+            return [self.tok.eos_id] + self.tok.encode(self.messages[-1]["content"])       # a document begins after <|endoftext|>
+        room = self.model.args.max_seq_len
+        self.messages, dropped = fit_history(self.tok, self.messages, room - min(self.cfg.max_new_tokens, room // 4))
+        if dropped and not self.told:
+            self.told = True
+            print(f"[the conversation outgrew the context of {room} tokens: the oldest exchanges are forgotten from here on]", flush=True)
+        return render(self.tok, self.messages, add_generation_prompt=True)[0]
+
+    def pieces(self, ids):
+        """The answer's text as it is made; a beam search's comes in one piece."""
+        cfg, tok, decoder = self.cfg, self.tok, StreamDecoder(self.tok)
+        if cfg.beams > 1:
+            answers = beam_search(self.model, ids, cfg.max_new_tokens, cfg.beams, cfg.length_penalty, tok.stop_ids, cfg.repetition_penalty, cfg.no_repeat_ngram)
+            yield tok.decode(answers[0][0])
+            return
+        for step in steps(self.model, ids, cfg.max_new_tokens, stop_ids=tok.stop_ids, generator=self.generator, top=5,
+                          **{name: getattr(cfg, name) for name in SAMPLING}):
+            self.steps.append(step)
+            yield decoder.feed(step.token)
+        yield decoder.flush()
 
     def answer(self, text):
         """Print the answer to `text` as it is made and return it. Ctrl-C ends it early; what was said stays said."""
-        cfg, tok = self.cfg, self.tok
-        if self.completion:
-            ids = [tok.eos_id] + tok.encode(text)            # a document begins after <|endoftext|>
-        else:
-            reserve = min(cfg.max_new_tokens, self.model.args.max_seq_len // 4)
-            self.messages, dropped = fit_history(tok, [*self.messages, {"role": "user", "content": text}],
-                                                 self.model.args.max_seq_len - reserve)
-            if dropped and not self.told:
-                self.told = True
-                print(f"[the conversation outgrew the context of {self.model.args.max_seq_len} tokens: "
-                      f"the oldest exchanges are forgotten from here on]", flush=True)
-            ids = render(tok, self.messages, add_generation_prompt=True)[0]
-        decoder, said = StreamDecoder(tok), []
+        self.messages.append({"role": "user", "content": text})
+        stops, said, self.steps = StopStrings(self.cfg.stop), [], []
 
         def show(piece):
             said.append(piece)
             print(piece, end="", flush=True)
 
         try:
-            for token in generate(self.model, ids, cfg.max_new_tokens, stop_ids=tok.stop_ids, generator=self.generator,
-                                  temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, repetition_penalty=cfg.repetition_penalty):
-                show(decoder.feed(token))
+            for piece in self.pieces(self.ids()):
+                show(stops.feed(piece))
+                if stops.done:
+                    break
         except KeyboardInterrupt:
             print(" [interrupted]", end="")
-        show(decoder.flush())
+        show(stops.flush())
         print(flush=True)
-        reply = "".join(said)
-        if not self.completion:
-            self.messages.append({"role": "assistant", "content": reply})
-        return reply
+        if self.cfg.show_probs:
+            self.show_probs()
+        self.messages.append({"role": "assistant", "content": "".join(said)})
+        return self.messages[-1]["content"]
+
+    def show_probs(self):
+        print("\n\n".join(show_step(step, self.tok.decode) for step in self.steps) or "[no token has been sampled yet]", flush=True)
+
+    def regenerate(self):
+        """Another answer to the last question; at temperature 0 the same one."""
+        if self.messages[-1:] and self.messages[-1]["role"] == "assistant":
+            self.messages.pop()
+            self.answer(self.messages.pop()["content"])
+        else:
+            print("[no answer yet]")
+
+    def save(self, path):
+        """Append the conversation to a file as a row that train_sft.py reads: one corrected by hand is an example to learn from."""
+        with open(path, "a", encoding="utf-8") as f:
+            f.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+        print(f"[{len(self.messages)} messages appended to {path}]")
+
+    def load(self, path):
+        """Go on with the last conversation of a file."""
+        last = Path(path).read_text(encoding="utf-8").strip().split("\n")[-1]            # and not splitlines(): U+2028 may stand in a text
+        self.messages, self.steps = messages_from(json.loads(last)["messages"]), []
+        if self.messages[-1]["role"] != "assistant":
+            self.messages.pop()                              # a question without its answer
+        print("\n".join(f"{m['role']}: {m['content']}" for m in self.messages))
+
+    def command(self, line):
+        """A line that begins with /."""
+        name, _, rest = line.partition(" ")
+        if name == "/reset":
+            self.reset()
+            print("[forgotten]")
+        elif name == "/system":
+            self.system = rest.strip()
+            self.reset()
+            print("[the system prompt is set, the conversation forgotten]")
+        elif name == "/probs":
+            self.show_probs()
+        elif name == "/regenerate":
+            self.regenerate()
+        elif name in ("/save", "/load") and rest.strip():
+            try:
+                (self.save if name == "/save" else self.load)(rest.strip())
+            except (OSError, ValueError, KeyError, TypeError) as e:
+                print(f"[{name} {rest.strip()}: {e}]")
+        else:
+            print(HELP)
 
 
 def main(cfg):
-    for name, ok in (("temperature", cfg.temperature >= 0), ("top_p", 0 < cfg.top_p <= 1), ("top_k", cfg.top_k >= 0),
-                     ("repetition_penalty", cfg.repetition_penalty > 0), ("max_new_tokens", cfg.max_new_tokens > 0)):
+    for name, ok in (("temperature", cfg.temperature >= 0), ("top_p", 0 < cfg.top_p <= 1), ("top_k", cfg.top_k >= 0), ("min_p", cfg.min_p <= 1),
+                     ("repetition_penalty", cfg.repetition_penalty > 0), ("max_new_tokens", cfg.max_new_tokens > 0),
+                     ("length_penalty", cfg.length_penalty == 1 or cfg.beams > 1)):
         if not ok:
             raise UserError(f"--{name} {getattr(cfg, name)} makes no sense; see --help for the range")
-    model, tok, meta = checkpoint.load(cfg.init_from, dist.choose_device(cfg.device), "lm", cfg.variants)
+    if len(cfg.init_from) != 1 and not (cfg.init_from and cfg.serve):
+        raise UserError(f"--init_from names {len(cfg.init_from)} checkpoints: in the terminal one talks to one; several are compared with --serve")
+    unused = [f"--{name}" for name in ("prompt", "system", "stop", "beams", "show_probs", "seed") if getattr(cfg, name) != getattr(Config(), name)]
+    if cfg.serve and unused:
+        raise UserError(f"--serve takes no {', '.join(unused)}: each request, and the page, says for itself what it wants; leave it out")
+    device = dist.choose_device(cfg.device)
+    loaded = [(path, *checkpoint.load(path, device, "lm", cfg.variants, quantize=cfg.quantize)) for path in dict.fromkeys(cfg.init_from)]
+    if cfg.serve:
+        from nanollm.serve.app import serve
+        return serve(loaded, cfg, {name: getattr(cfg, name) for name in SAMPLING})
+    [(_, model, tok, meta)] = loaded
     chat = Chat(model, tok, cfg, completion=meta["stage"] == "pretrain")
     if chat.completion:
         print("note: this checkpoint is only pretrained: it continues text and answers no questions; "
@@ -104,7 +201,7 @@ def main(cfg):
         chat.answer(prompt)
     if cfg.prompt:
         return
-    print(f"{meta['stage']} model, step {meta['step']}, {model.args.max_seq_len} tokens of context. /reset /exit")
+    print(f"{meta['stage']} model, step {meta['step']}, {model.args.max_seq_len} tokens of context. /help")
     while True:
         try:
             text = input("> ").strip()
@@ -116,11 +213,8 @@ def main(cfg):
             continue
         if text == "/exit":
             return
-        if text == "/reset":
-            chat.reset()
-            print("[forgotten]")
-        elif text in ("/help", "/?", "/quit"):
-            print("[/reset forgets the conversation, /exit ends; Ctrl-C stops an answer]")
+        if text.startswith("/"):
+            chat.command(text)
         elif text:
             chat.answer(text)
 

@@ -1,45 +1,60 @@
-"""Measure a checkpoint: perplexity, multiple choice, chat answers, reward accuracy, or the whole demo road.
+"""Measure a checkpoint: perplexity, multiple choice, chat answers, wins against another one, reward accuracy, or the whole demo road.
 
     python evaluate.py --init_from out/demo/pretrain --task ppl --data out/demo/tokens
-    python evaluate.py --init_from out/demo/dpo --task mc --data DIR            CMMLU or MMLU .csv files, or a directory
-                                                                                of them, or one with dev/ and test/ inside
+    python evaluate.py --init_from out/demo/pretrain --task ppl --data wiki=wiki.txt poems=poems.jsonl    a table by domain
+    python evaluate.py --init_from out/demo/dpo --task mc --data DIR            .csv files of MMLU, CMMLU or C-Eval, or a
+                                                                                directory with dev/ and test/ (val/) inside
     python evaluate.py --init_from out/demo/sft --task chat --data rows.jsonl   answers to held-out chat rows
+    python evaluate.py --init_from out/demo/dpo --against out/demo/sft --task win --judge out/demo/rm --data prompts.jsonl
     python evaluate.py --init_from out/demo/rm --task rm --data pairs.jsonl     chosen against rejected
     python evaluate.py --task demo --run_dir out/demo                           all of these; writes out/demo/eval.json
+    python evaluate.py --compare out/a out/b out/c                              their eval.json side by side
+
+--out DIR writes DIR/eval.json, in which each task and data set has a place of its own.
 """
 import json
 import os
-import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanollm import checkpoint, dist, evaluation, world
+import numpy as np
+
+from nanollm import checkpoint, choices, contamination, demo, dist, evaluation, metrics, rollout, scoreboard, world
 from nanollm.config import UserError, arg, run
 from nanollm.corpus import io
-from nanollm.data import PreferenceRows, TokenFile, fit_chat, read_rows, report_bad, to_messages, to_preference
+from nanollm.data import PreferenceRows, TokenFile, fit_chat, read_rows, report_bad, to_messages
+from nanollm.report import read_json
 from nanollm.tokenizer import render
+
+TASKS = ("ppl", "mc", "chat", "win", "rm", "demo")
 
 
 @dataclass
 class Config:
-    task: str = arg("ppl", "ppl, mc, chat, rm or demo")
+    task: str = arg("ppl", "ppl, mc, chat, win, rm or demo")
     init_from: str = arg("", "checkpoint or run directory (all tasks but demo)")
-    data: str = arg("", "what to measure on: a directory of token files, text, .csv questions, chat or preference rows")
+    data: list = arg([], "what to measure on: token files, text (NAME=PATH names a domain), .csv questions, chat or preference rows")
     split: str = arg("val", "ppl on token files: train or val")
-    max_tokens: int = arg(0, "ppl: stop after so many tokens; 0 = all", unit="tokens")
+    max_tokens: int = arg(0, "ppl: stop after so many tokens; 0 = all. Two tokenizers then read different documents: use max_rows", unit="tokens")
     shots: str = arg("", "mc: .csv file or directory of solved examples; empty = the dev/ beside test/, if there is one")
     n_shots: int = arg(5, "mc: solved examples in front of each question, as many as fit into the context")
-    score: str = arg("letter", "mc: letter (CMMLU, MMLU) or text (log p of the option's text per byte)")
+    score: str = arg("letter", "mc: letter (as MMLU, CMMLU and C-Eval do) or text (log p of the option's text: acc and acc_norm)")
     template: str = arg("auto", "mc: chat, plain, or auto: chat for text scoring of a model that has learnt to chat, else plain")
-    max_rows: int = arg(0, "mc, chat, rm, demo: only the first so many rows; 0 = all", unit="rows")
-    temperature: float = arg(0.0, "chat: 0 is greedy; then two runs agree whatever the seed")
-    max_new_tokens: int = arg(160, "chat and demo: longest answer (the demo's longest has 156)", unit="tokens")
+    lm_eval: str = arg("", "mc: also write the same questions as a task of lm-evaluation-harness into this directory")
+    corpus: list = arg([], "mc, chat: training text (files or directories) in which the questions are looked for")
+    against: str = arg("", "win: the other checkpoint, which answers the same prompts")
+    judge: str = arg("", "win: a reward model's directory, or FILE.py:function(row, text) -> number")
+    max_rows: int = arg(0, "only the first so many rows (ppl: documents of each domain); 0 = all", unit="rows")
+    temperature: float = arg(0.0, "chat, win: 0 is greedy; then two runs agree whatever the seed")
+    max_new_tokens: int = arg(160, "chat, win and demo: longest answer (the demo's longest has 156)", unit="tokens")
     batch_size: int = arg(64, "answers written at once")
     seed: int = arg(0, "of everything sampled")
     max_bad: float = arg(0.1, "share of unusable rows above which a file is refused")
     run_dir: str = arg("out/demo", "demo: the directory with raw/, tokens/, pretrain/, sft/, rm/ and dpo/ in it")
-    out: str = arg("", "directory for eval.json; empty = nowhere (demo: run_dir)")
+    compare: list = arg([], "runs (directories with an eval.json) to put side by side, as a table and, with --out, a picture")
+    out: str = arg("", "directory for eval.json (mc: also for what is needed to go on after a kill); empty = nowhere (demo: run_dir)")
+    quantize: str = arg("", "int8, int4 or nf4: weights in so many bits (docs/quantization.md); empty = as they are")
     device: str = arg("auto", "auto, cpu, cuda, cuda:N, mps")
 
 
@@ -47,39 +62,102 @@ def some(rows, cfg):
     return rows[: cfg.max_rows or None]
 
 
+def holds_tokens(word):
+    """Is it (perhaps behind NAME=) a directory of token files?"""
+    return any(Path(word if Path(word).exists() else word.partition("=")[2]).glob("*.bin"))
+
+
+def documents(flag, words, unread):
+    """(domain, text) of all documents of files and directories, one at a time; the domain is NAME in NAME=PATH, else the file's own
+    name. Files that are not opened are told; what cannot be read is counted by its reason in `unread`."""
+    for word in words:
+        if holds_tokens(word):
+            raise UserError(f"{flag} {word} holds token files; name the text that they were made of (or measure them alone: --task ppl, one --data, no NAME)")
+        files, skipped = io.find_files([word], os.devnull, flag)
+        for file, why in skipped:
+            print(f"{flag}: {file} is not read: {why}")
+        for file, source, adapter in files:
+            domain = source if word.startswith(f"{source}=") else file.name.split(".")[0]
+            for task in io.plan([(file, source, adapter)]):
+                for row in io.documents(task, lambda line, reason, *rest: unread.update([f"{domain}: {reason}"])):
+                    if not row["drop_reason"]:
+                        yield domain, row["text"]
+
+
+def unreadable(unread, good, cfg):
+    """Say what was set aside; too much of it is a mistake."""
+    if bad := unread.total():
+        print(f"set aside {bad} of {bad + good} documents: {dict(unread)}")
+    if not good or bad > cfg.max_bad * (bad + good):
+        raise UserError(f"{bad} of {bad + good} documents cannot be read, more than --max_bad {cfg.max_bad:.0%}: {dict(unread)}")
+
+
 def ppl(cfg, model, tok):
-    """Held-out loss: on token files, or on any text that prepare_data.py reads."""
-    path = Path(cfg.data)
-    if path.is_dir() and list(path.glob("*.bin")):
-        data = TokenFile(path, cfg.split, model.args.max_seq_len, "documents", tok.hash)
-    else:
-        unread, tasks = Counter(), io.plan(io.find_files([path], exclude=os.devnull)[0])
-        rows = (row for task in tasks for row in io.documents(task, lambda line, reason, *rest: unread.update([reason])))
-        data = [row["text"] for row in rows if not row["drop_reason"]]
-        if bad := unread.total():
-            print(f"set aside {bad} of {bad + len(data)} rows: {dict(unread)}")
-        if bad > cfg.max_bad * (bad + len(data)):
-            raise UserError(f"--data {path}: more than --max_bad {cfg.max_bad:.0%} of its rows cannot be read")
-    return evaluation.lm_loss(model, tok, data, cfg.max_tokens)
+    """Held-out loss on token files, or on any text that prepare_data.py reads, by domain: the same documents for every tokenizer."""
+    if len(cfg.data) == 1 and Path(cfg.data[0]).exists() and holds_tokens(cfg.data[0]):
+        if cfg.max_rows:
+            raise UserError("--max_rows counts documents of text files; of token files take --max_tokens")
+        data = TokenFile(cfg.data[0], cfg.split, model.args.max_seq_len, "documents", tok.hash)
+        found = evaluation.lm_loss(model, tok, data, cfg.max_tokens)
+        ends = data.ends[: found["documents"]].tolist()
+        return found | {"data_hash": scoreboard.fingerprint(tok.decode(data.tokens[a:b].tolist()) for a, b in zip([0, *ends], ends))}
+    domains, unread, good = defaultdict(list), Counter(), 0
+    for name, text in documents("--data", cfg.data, unread):
+        good += 1
+        if not cfg.max_rows or len(domains[name]) < cfg.max_rows:
+            domains[name].append(text)
+    unreadable(unread, good, cfg)
+    rows = {name: evaluation.document_losses(model, tok, texts, cfg.max_tokens) for name, texts in domains.items()}
+    read = [text for name, texts in domains.items() for text in texts[: len(rows[name])]]
+    lossy = sum(tok.decode(tok.encode(text)) != text for text in read)
+    if lossy:
+        print(f"note: {lossy} of {len(read)} documents hold characters that this tokenizer cannot write back: its bits per byte flatter")
+    return evaluation.loss_table(np.concatenate(list(rows.values()))) | {
+        "context": model.args.max_seq_len, "lossy": lossy, "data_hash": scoreboard.fingerprint(read),
+        "by_domain": {name: evaluation.loss_table(part) for name, part in rows.items() if len(part)}}
 
 
 def mc(cfg, model, tok, stage):
-    path, shots = Path(cfg.data), Path(cfg.shots) if cfg.shots else None
-    if (path / "test").is_dir():
-        shots = shots or (path / "dev" if (path / "dev").is_dir() else None)
-        path = path / "test"
+    if len(cfg.data) > 1:
+        raise UserError("--task mc takes one --data: a .csv file or a directory of them")
+    path, shots = choices.splits(cfg.data[0])
     if cfg.template not in ("auto", "chat", "plain"):
         raise UserError(f"--template {cfg.template} is unknown; use auto, chat or plain")
     chat = cfg.template == "chat" or (cfg.template == "auto" and cfg.score == "text" and stage != "pretrain")
-    questions = some(evaluation.read_choices(path), cfg)
-    return evaluation.multiple_choice(model, tok, questions, evaluation.read_choices(shots) if shots else (), cfg.score, chat, cfg.n_shots)
+    if chat and cfg.shots:
+        raise UserError("--shots: the chat template shows no solved examples; leave them out, or take --template plain")
+    questions, solved = some(choices.read_choices(path), cfg), choices.read_choices(cfg.shots or shots) if cfg.shots or shots else ()
+    if cfg.lm_eval:
+        n = choices.write_lm_eval(cfg.lm_eval, Path(cfg.data[0]).stem, tok, questions, solved, cfg.score, cfg.n_shots, model.args.max_seq_len)
+        print(f"wrote {n} questions (plain template) for lm-evaluation-harness to {cfg.lm_eval}")
+    log = Path(cfg.out) / f"mc-{Path(cfg.data[0]).stem}-{cfg.score}.jsonl" if cfg.out else None
+    found = choices.multiple_choice(model, tok, questions, solved, cfg.score, chat, cfg.n_shots, log)
+    if found["truncated"] or found["unscored"]:
+        print(f"note: the context of {model.args.max_seq_len} tokens is too short: {found['truncated']} of {len(questions)} prompts lost their "
+              f"beginning, {found['unscored']} questions with a longer option could not be asked and are left out")
+    rows, _ = found.pop("rows"), found.pop("scores")
+    if cfg.corpus:
+        found |= contaminated(cfg, questions, {row["question"]: row["acc"] for row in rows}, "acc")
+    return found | {"data_hash": scoreboard.fingerprint(questions)}
+
+
+def contaminated(cfg, questions, hits, name):
+    """How many of the questions stand in --corpus, and the score on those that do and those that do not. hits: {number: right?}"""
+    unread, read = Counter(), Counter()
+    covered = contamination.coverage(questions, (read.update([name]) or text for name, text in documents("--corpus", cfg.corpus, unread)))
+    unreadable(unread, read.total(), cfg)
+    sides = {"found": [hit for i, hit in hits.items() if covered[i]], "not found": [hit for i, hit in hits.items() if not covered[i]]}
+    worst = sorted((i for i in hits if covered[i]), key=lambda i: -covered[i])[:5]
+    return {"contamination": {side: metrics.share(of, name) if of else {"n": 0} for side, of in sides.items()},
+            "corpus": " ".join(cfg.corpus), "corpus_documents": read.total(), "too_short_to_look_for": sum(c is None for c in covered),
+            "most_found": [{"question": questions[i]["question"], "coverage": covered[i]} for i in worst]}
 
 
 def chat(cfg, model, tok):
-    """Exact match with the row's own last answer (rows of the demo world are judged by its rule), the share of answers
-    that end by themselves, and the loss on the reference answers."""
+    """Exact match with the row's own last answer (rows of the demo world are judged by its rule), the share of answers that end by
+    themselves, ROUGE, BLEU and how much they repeat, and the loss on the reference answers."""
     rows, messages, bad = [], [], []
-    for where, row in read_rows([cfg.data], max_bad=cfg.max_bad):
+    for where, row in read_rows(cfg.data, max_bad=cfg.max_bad):
         try:
             messages.append(to_messages(row))
             rows.append(row)
@@ -87,136 +165,103 @@ def chat(cfg, model, tok):
             bad.append((where, str(e), str(row)[:200]))
     report_bad(bad, len(rows) + len(bad), None, cfg.max_bad)
     rows, messages = some(rows, cfg), some(messages, cfg)
+    prompts, size = [render(tok, m[:-1], add_generation_prompt=True)[0] for m in messages], model.args.max_seq_len
     replies = evaluation.answers(model, tok, [m[:-1] for m in messages], cfg.max_new_tokens, cfg.temperature, cfg.seed, cfg.batch_size)
-    reference = {id(row): m[-1]["content"].strip() for row, m in zip(rows, messages)}
+    wanted = [m[-1]["content"] for m in messages]
+    reference = {id(row): text.strip() for row, text in zip(rows, wanted)}
 
     def correct(row, text):
         return world.correct(row, text) if {"task", "lang", "accept", "must"} <= row.keys() else text.strip() == reference[id(row)]
 
-    fitted = [f for m in messages if (f := fit_chat(tok, m, model.args.max_seq_len + 1))]
+    fitted = [f for m in messages if (f := fit_chat(tok, m, size + 1))]
     losses = evaluation.continuation_losses(model, [(ids[:1], ids[1:]) for ids, _ in fitted])
     nats = sum(float(nll[i]) for (_, mask), nll in zip(fitted, losses) for i, m in enumerate(mask[1:]) if m)
-    return evaluation.exact_match(rows, replies, correct) | {"loss": nats / sum(sum(mask[1:]) for _, mask in fitted)}
+    found = evaluation.exact_match(rows, replies, correct) | {
+        "loss": nats / max(sum(sum(mask[1:]) for _, mask in fitted), 1), "generation": metrics.generation([text for text, _ in replies], wanted),
+        "cut": sum(len(ids) >= size for ids in prompts), "cut_in_loss": sum(len(render(tok, m)[0]) > size + 1 for m in messages),
+        "data_hash": scoreboard.fingerprint(messages)}
+    if found["cut"] or found["cut_in_loss"]:
+        print(f"note: the context of {size} tokens is too short: {found['cut']} of {len(rows)} prompts lost their beginning, and the loss is without "
+              f"a part of {found['cut_in_loss']} rows")
+    if cfg.corpus:
+        asked = [{"question": m[-2]["content"], "options": [m[-1]["content"]]} for m in messages]
+        found |= contaminated(cfg, asked, {i: correct(row, text) for i, (row, (text, _)) in enumerate(zip(rows, replies))}, "exact_match")
+    return found
 
 
-def demo(cfg):
-    """The numbers of the demo road, each beside what is known to be true: see docs/ for what they mean."""
-    root, raw, numbers, began = Path(cfg.run_dir), Path(cfg.run_dir) / "raw", {}, time.time()
-    device = dist.choose_device(cfg.device)
-    model, tok, _ = checkpoint.load(root / "pretrain", device, "lm")
-    val = TokenFile(root / "tokens", "val", model.args.max_seq_len, "documents", tok.hash)
-    whole = evaluation.lm_loss(model, tok, val)
-    ends = val.ends[:].tolist()
-    texts = [tok.decode(val.tokens[a : b - 1].tolist()) for a, b in zip([0, *ends], ends)]         # without the EOS
-    kinds = evaluation.loss_by_kind(model, tok, texts, world.parse)
-    numbers["pretrain"] = {"val_loss": whole["loss"], "entropy_floor": kinds["all"]["floor"], "by_kind": kinds, "documents": len(texts),
-                           "bits_per_byte": whole["bits_per_byte"], "tokens": whole["tokens"], "tokens_parsed": kinds["all"]["tokens"]}
-    print(f"pretrain   loss {whole['loss']:.4f}, floor {kinds['all']['floor']:.4f} nats a token "
-          f"({100 * (whole['loss'] / kinds['all']['floor'] - 1):+.1f} %), {whole['bits_per_byte']:.4f} bits a byte")
-    if kinds["all"]["tokens"] < whole["tokens"]:
-        print(f"           {whole['tokens'] - kinds['all']['tokens']} of {whole['tokens']} tokens lie in documents that are not of the demo "
-              f"world: the floor is over the others, whose loss is {kinds['all']['loss']:.4f}")
-
-    rows = some([row for _, row in read_rows([raw / "chat_val.jsonl"])], cfg)
-    sft, tok, _ = checkpoint.load(root / "sft", device, "lm")
-    replies = evaluation.answers(sft, tok, [to_messages(row)[:-1] for row in rows], cfg.max_new_tokens, batch_size=cfg.batch_size)
-    numbers["sft"] = evaluation.exact_match(rows, replies, world.correct)
-    numbers["sft"]["wrong"] = [{"task": row.get("task"), "question": to_messages(row)[-2]["content"], "reply": text, "answer": row.get("answer")}
-                               for row, (text, _) in zip(rows, replies) if not world.correct(row, text)][:20]
-    print(f"sft        exact match {numbers['sft']['exact_match']:.3f} ± {numbers['sft']['stderr']:.3f} of {len(rows)}, "
-          f"stop rate {numbers['sft']['stop_rate']:.3f}")
-
-    reward, reward_tok, _ = checkpoint.load(root / "rm", device, "reward")
-    pairs = read_rows([raw / "prefs_val.jsonl"])
-    accuracy = lambda rows: evaluation.rm_accuracy(reward, PreferenceRows(rows, reward_tok, reward.args.max_seq_len))
-    numbers["rm"] = accuracy(pairs)
-    numbers["rm"]["by_why"] = {why: accuracy([p for p in pairs if p[1]["why"] == why]) for why in sorted({row["why"] for _, row in pairs})}
-    print(f"rm         accuracy {numbers['rm']['accuracy']:.3f} ± {numbers['rm']['stderr']:.3f} of {numbers['rm']['n']} pairs")
-
-    models = {"sft": sft, "dpo": checkpoint.load(root / "dpo", device, "lm")[0]}
-    if (root / "ppo").is_dir():                              # a road of before has none
-        models["ppo"] = checkpoint.load(root / "ppo", device, "lm")[0]
-    numbers |= side_by_side(models, reward, tok, rows, replies, some([row for _, row in read_rows([raw / "prefs_val.jsonl"])], cfg), cfg)
-    dpo = models["dpo"]
-
-    questions = some(evaluation.read_choices(raw / "mc" / "demo.csv"), cfg)
-    numbers["mc"] = evaluation.multiple_choice(dpo, tok, questions, score="text", chat=True)
-    numbers["mc"].pop("scores")
-    print(f"mc         accuracy {numbers['mc']['accuracy']:.3f} ± {numbers['mc']['stderr']:.3f}, chance {numbers['mc']['chance']:.3f}, "
-          f"{len(questions)} questions\nmeasured in {time.time() - began:.0f} s")
-    return numbers
+def win(cfg, model, tok):
+    """Which of two checkpoints answers better, by a reward model or a rule: the share of prompts that --init_from wins, a tie
+    being half a win. Both answer each prompt once, with numbers of their own where a temperature is set."""
+    if not cfg.against or not cfg.judge:
+        raise UserError("--task win needs --against CHECKPOINT and --judge (a reward model's directory or FILE.py:function)")
+    sides = [(model, tok), checkpoint.load(cfg.against, dist.choose_device(cfg.device), "chat")[:2]]
+    kept, scores = some(read_rows(cfg.data, max_bad=cfg.max_bad), cfg), []
+    asked = [rollout.PromptRows(kept, own, player.args.max_seq_len - cfg.max_new_tokens, max_bad=cfg.max_bad) for player, own in sides]
+    fit = {id(row) for row in asked[0].rows} & {id(row) for row in asked[1].rows}            # a prompt must fit into both contexts
+    if not fit:
+        raise UserError(f"--data {' '.join(cfg.data)}: no prompt fits into the contexts of both models")
+    for seed, ((player, own), prompts) in enumerate(zip(sides, asked), cfg.seed):
+        rows, ids = zip(*((row, ids) for row, ids in zip(prompts.rows, prompts.ids) if id(row) in fit))
+        answers = evaluation.answer_ids(player, own, ids, cfg.max_new_tokens, cfg.temperature, seed, cfg.batch_size)
+        full = [ids + [own.end_id] * ended for ids, ended in answers]
+        score, size = rollout.load_reward(cfg.judge, own, player.args.max_seq_len, dist.choose_device(cfg.device), "--judge")[0], cfg.batch_size
+        scores.append([s for i in range(0, len(full), size) for s in score(rows[i : i + size], ids[i : i + size], full[i : i + size])])
+    wins = metrics.wins(*scores)
+    return metrics.mean(wins, "win_rate") | {
+        "n": len(wins), "ties": wins.count(0.5) / len(wins), "mean_score": sum(scores[0]) / len(wins), "mean_score_against": sum(scores[1]) / len(wins),
+        "chance": 0.5, "against": cfg.against, "judge": cfg.judge, "data_hash": scoreboard.fingerprint(row for _, row in kept if id(row) in fit)}
 
 
-def side_by_side(models, reward, tok, questions, replies, rows, cfg):
-    """{"sft", "dpo"[, "ppo"]} models on the same prompts -> {"models": {name: numbers}, "dpo": …, "ppo": …}. replies: SFT's to the questions.
-
-    Exact match is greedy. All else is sampled at temperature 1; the rival of the win rate is always the SFT model's sample under its
-    own seed; the SFT model itself, under another seed, must come out near 0.5: that is the zero of this scale."""
-    asked = [to_preference(row)[0] for row in rows]
-    ids = [render(tok, prompt, add_generation_prompt=True)[0] for prompt in asked]
-
-    def sampled(model, seed):
-        answers = evaluation.answer_ids(model, tok, ids, cfg.max_new_tokens, 1.0, seed, cfg.batch_size)
-        texts = [tok.decode(answer) for answer, _ in answers]
-        return answers, texts, [world.rate(row, text) for row, text in zip(rows, texts)]
-
-    rival, found = sampled(models["sft"], cfg.seed + 1)[2], {}
-    for k, (name, model) in enumerate(models.items(), 2):
-        answers, texts, rates = sampled(model, cfg.seed + k)
-        greedy = replies
-        if name != "sft":
-            greedy = evaluation.answers(model, tok, [to_messages(row)[:-1] for row in questions], cfg.max_new_tokens, batch_size=cfg.batch_size)
-        found[name] = {"exact_match": evaluation.exact_match(questions, greedy, world.correct)["exact_match"],
-                       "win_rate": evaluation.win_rate(rates, rival), "rule": sum(rates) / len(rates),
-                       "stop_rate": sum(ended for _, ended in answers) / len(answers),
-                       **evaluation.away_from(models["sft"], model, reward, tok, ids, answers)}
-        found[name]["chats"] = [{"prompt": prompt[-1]["content"], "text": text} for prompt, text in list(zip(asked, texts))[:5]]
-        print(f"{name:<10} " + ", ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in found[name].items() if key != "chats"))
-    before = found["sft"]["win_rate"]
-    print(f"           {len(rows)} prompts; the win rate is against the SFT model, which stands at {before:.3f} against itself")
-    return {"models": found} | {name: {"win_rate": found[name]["win_rate"], "win_rate_before": before, "n": len(rows)} for name in list(models)[1:]}
-
-
-def table(result):
-    """A flat view for the terminal: numbers first, then one line for each entry of a nested table."""
-    for key, value in result.items():
-        if isinstance(value, dict):
-            print(f"{key}:")
-            for name, numbers in value.items():
-                print(f"    {name:<32} " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
-        elif key == "prompt":
-            print(f"prompt of the first question:\n{'-' * 60}\n{value}\n{'-' * 60}")
-        elif not isinstance(value, list):
-            print(f"{key:<36} {value:.6g}" if isinstance(value, float) else f"{key:<36} {value}")
+def compare(cfg):
+    """The runs' numbers side by side; what is better beyond its error bar has a star."""
+    runs = scoreboard.read(cfg.compare)
+    rows = scoreboard.compare(runs)
+    print("\n".join(scoreboard.lines(rows, runs)))
+    for task in scoreboard.different_texts(runs):
+        print(f"note: {task} was measured on different texts: those numbers say nothing about each other")
+    if cfg.out:
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        (Path(cfg.out) / "compare.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        scoreboard.picture(rows, list(runs)).savefig(Path(cfg.out) / "compare.png", dpi=100)
+        print(f"wrote {Path(cfg.out) / 'compare.json'} and compare.png")
 
 
 def main(cfg):
-    if cfg.task not in ("ppl", "mc", "chat", "rm", "demo"):
-        raise UserError(f"--task {cfg.task} is unknown; use ppl, mc, chat, rm or demo")
+    if cfg.compare:
+        return compare(cfg)
+    if cfg.task not in TASKS:
+        raise UserError(f"--task {cfg.task} is unknown; use one of {', '.join(TASKS)}")
     if cfg.task == "demo":
-        result, out = demo(cfg), cfg.out or cfg.run_dir
+        result, out = demo.measure(cfg), cfg.out or cfg.run_dir
     else:
         for name in ("init_from", "data"):
             if not getattr(cfg, name):
                 raise UserError(f"--task {cfg.task} needs --{name}; see --help for an example")
-        if not Path(cfg.data).exists():
-            raise UserError(f"--data {cfg.data} does not exist")
-        model, tok, meta = checkpoint.load(cfg.init_from, dist.choose_device(cfg.device), "reward" if cfg.task == "rm" else "lm")
+        for flag, word in [*(("data", word) for word in cfg.data), *(("corpus", word) for word in cfg.corpus)]:
+            if not Path(word).exists() and not Path(word.partition("=")[2] or word).exists():
+                raise UserError(f"--{flag} {word} does not exist")
+        expect = {"rm": "reward", "win": "chat"}.get(cfg.task, "lm")
+        model, tok, meta = checkpoint.load(cfg.init_from, dist.choose_device(cfg.device), expect, quantize=cfg.quantize)
         if cfg.task == "rm":
-            pairs = PreferenceRows(read_rows([cfg.data], max_bad=cfg.max_bad), tok, model.args.max_seq_len, max_bad=cfg.max_bad)
+            pairs = PreferenceRows(read_rows(cfg.data, max_bad=cfg.max_bad), tok, model.args.max_seq_len, max_bad=cfg.max_bad)
             pairs.pairs = some(pairs.pairs, cfg)
-            result = evaluation.rm_accuracy(model, pairs)
+            result = evaluation.rm_accuracy(model, pairs) | {"data_hash": scoreboard.fingerprint([tok.decode(ids) for ids in pair] for pair in pairs.pairs)}
         else:
-            result = (ppl(cfg, model, tok) if cfg.task == "ppl" else chat(cfg, model, tok) if cfg.task == "chat"
-                      else mc(cfg, model, tok, meta["stage"]))
-        result = {"task": cfg.task, "init_from": cfg.init_from, "stage": meta["stage"], "step": meta["step"], "data": cfg.data, **result}
-        table(result)
-        out = cfg.out
+            result = mc(cfg, model, tok, meta["stage"]) if cfg.task == "mc" else {"ppl": ppl, "chat": chat, "win": win}[cfg.task](cfg, model, tok)
+        result = {"task": cfg.task, "init_from": cfg.init_from, "stage": meta["stage"], "step": meta["step"], "data": " ".join(cfg.data), **result}
+        scoreboard.show(result)
+        what = f"{cfg.task}/{'+'.join(Path(word).name.rpartition('=')[2] for word in cfg.data)}" + " text" * (cfg.task == "mc" and cfg.score == "text")
+        result, out = {what + f" against {Path(cfg.against).name}" * (cfg.task == "win"): result}, cfg.out
     if out:
+        file = Path(out) / "eval.json"
         Path(out).mkdir(parents=True, exist_ok=True)
-        result.pop("scores", None)
-        (Path(out) / "eval.json").write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        print(f"wrote {Path(out) / 'eval.json'}")
+        before, aside = read_json(file), file.with_name("eval.json.tmp")
+        for key in before.keys() & result.keys():
+            if before[key].get("data_hash") not in (None, result[key].get("data_hash")):
+                print(f"note: {file} had {key} of other data ({before[key].get('data')}); it is replaced")
+        aside.write_text(json.dumps(before | result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        os.replace(aside, file)
+        print(f"wrote {file}")
 
 
 if __name__ == "__main__":

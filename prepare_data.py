@@ -181,11 +181,18 @@ def decontaminate(cfg):
 def score(cfg):
     """Give every document a quality, and drop those below --threshold, or by lot."""
     source = source_of(cfg, "score")
-    settings, path = scoring.Score(cfg.scorer, cfg.select, cfg.threshold, cfg.low, cfg.high, cfg.seed), Path(cfg.scorer.rpartition(":")[0])
+    settings = scoring.Score(cfg.scorer, cfg.select, cfg.threshold, cfg.low, cfg.high, cfg.seed)
+    steps, code, more = [(scoring.score, settings)], [scoring, columns, ngrams], {}
     if cfg.scorer:
         scoring.load_scorer(cfg.scorer)                   # refused at once if it cannot be loaded
-    what = settings_of(cfg, source, **{"scorer_hash": driver.file_hash(path)} if cfg.scorer else {})
-    driver.run_stage(cfg, "score", driver.part_tasks(source), lambda: [(scoring.score, settings)], what, [scoring, columns, ngrams])
+        more = {"scorer_hash": driver.file_hash(Path(cfg.scorer.rpartition(":")[0]))}
+    if cfg.classifier or cfg.as_source:
+        from nanollm import classify                      # only these options need torch
+        judge, more = classify.judge_of(cfg)
+        steps, code = [(classify.judge, judge), (scoring.select, settings)], [*code, classify]
+    report = driver.run_stage(cfg, "score", driver.part_tasks(source), lambda: steps, settings_of(cfg, source, **more), code)
+    if report and cfg.as_source:
+        print("  sources of the kept: " + " | ".join(f"{name} {n:,}" for name, n in report.get("sources", {}).items()))
 
 
 def tokenizer(cfg):

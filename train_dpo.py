@@ -77,11 +77,12 @@ class Config:
     rollback_lr: float = arg(0.1, "factor of the rate after a rollback, until it is as far behind")
     tensorboard: bool = arg(False, "also write OUT/tensorboard (extra: tensorboard)")
     max_bad: float = arg(0.1, "largest share of unusable rows before the run refuses to start")
-    # LoRA
-    peft: str = arg("", "lora: train small adapters beside frozen weights; empty = train everything")
+    # adapters (docs/peft.md)
+    peft: str = arg("", f"train a small adapter beside frozen weights: {', '.join(peft.ANYWHERE)}; empty = train everything")
     lora_rank: int = arg(8, "r: each adapted matrix (out, in) gets r * (in + out) parameters")
-    lora_alpha: float = arg(16.0, "the adapter is scaled by alpha / r")
+    lora_alpha: float = arg(16.0, "the adapter is scaled by alpha / r (rslora: / sqrt(r))")
     lora_targets: list = arg(["wq", "wk", "wv", "wo", "w1", "w2", "w3"], "which matrices")
+    adapter_only: bool = arg(False, "checkpoints hold the adapter alone, and the path and hash of --init_from")
     merge_on_save: bool = arg(False, "also write OUT/merged: base and adapter as one plain model")
     sample_prompts: list = arg([], "questions to answer greedily at each evaluation; none = the first validation questions")
 
@@ -135,22 +136,21 @@ def main(cfg):
     torch.manual_seed(cfg.seed + ctx.rank)                   # ranks draw different dropout masks
     # [/shared]
     pairs.check(cfg)
-    raw, tokenizer, _ = checkpoint.load(cfg.init_from, ctx.device, expect="chat")
+    raw, tokenizer, _ = checkpoint.load(cfg.init_from, ctx.device, expect="chat", plain=True)
     T = cfg.max_seq_len or raw.args.max_seq_len
     if T > raw.args.max_seq_len:
         raise UserError(f"--max_seq_len {T} is longer than the model's context of {raw.args.max_seq_len}")
-    # [shared:adapter]
-    if cfg.peft not in ("", "lora"):
-        raise UserError(f"--peft {cfg.peft} is unknown; use lora, or leave it out to train all weights")
-    # [/shared]
+    adapter = peft.read(cfg, peft.ANYWHERE)
     reference, before = raw, 0.0
     if cfg.reference:
         reference, its_tokenizer, _ = checkpoint.load(cfg.reference, ctx.device, expect="lm")
         if its_tokenizer.hash != tokenizer.hash or reference.args != raw.args:
             raise UserError(f"--reference {cfg.reference} has another tokenizer or shape than --init_from {cfg.init_from}; use a relative of it")
     share = cfg.share_prompt and cfg.loss != "kto" and pairs.can_share(raw, cfg)      # kto's second answer is not read with the first
-    tight = ctx.device.type == "cpu" and raw.by_runs         # padding costs nothing there
+    tight = pairs.takes_runs(raw)                            # padding costs nothing
     train, val = PreferenceRows.load(cfg, tokenizer, T, labelled=cfg.loss == "kto", cut_answers=True, share=share, tight=tight)
+    if cfg.peft.startswith("qlora") and (cfg.precompute_ref or cfg.pair_curriculum):
+        raise UserError("--peft qlora is compared with its own base in 4 bits, which is made later: leave out --precompute_ref and --pair_curriculum")
     if cfg.loss in REFERENCE_FREE:                           # what the chosen answers' probability is compared with later
         before = validate(raw, None, val, ctx, autocast, cfg)["val/chosen_logp"]
     elif cfg.precompute_ref or cfg.pair_curriculum:
@@ -161,7 +161,7 @@ def main(cfg):
     elif reference is raw:
         reference = copy.deepcopy(raw).requires_grad_(False)
     if cfg.peft:                                             # on top of --init_from, whose own adapter is merged: the reference has it too
-        peft.inject_lora(raw, cfg.lora_rank, cfg.lora_alpha, 0.0, cfg.lora_targets)
+        peft.adapt(raw, cfg, *adapter)
 
     # [shared:engine]
     epochs = 0.0 if cfg.max_steps else cfg.epochs
@@ -244,6 +244,8 @@ def main(cfg):
         model.wait()                                         # the averaged gradients are in place, on every rank the same
         loss = ctx.sum(loss)
         grad_norm = update(raw, optimizer, scaler, cfg.grad_clip, loss)        # unscale, clip, step; left out if not finite
+        # [/shared]
+        # [shared:advance]
         model.zero_grad()
         at.step += 1
         log.live(at)

@@ -92,11 +92,12 @@ class Config:
     rollback_lr: float = arg(0.1, "factor of the rate after a rollback, until it is as far behind")
     tensorboard: bool = arg(False, "also write OUT/tensorboard (extra: tensorboard)")
     max_bad: float = arg(0.1, "largest share of unusable rows before the run refuses to start")
-    # LoRA
-    peft: str = arg("", "lora: train small adapters beside frozen weights; empty = train everything")
+    # adapters (docs/peft.md)
+    peft: str = arg("", f"train a small adapter beside frozen weights: {', '.join(peft.ANYWHERE)}; empty = train everything")
     lora_rank: int = arg(8, "r: each adapted matrix (out, in) gets r * (in + out) parameters")
-    lora_alpha: float = arg(16.0, "the adapter is scaled by alpha / r")
+    lora_alpha: float = arg(16.0, "the adapter is scaled by alpha / r (rslora: / sqrt(r))")
     lora_targets: list = arg(["wq", "wk", "wv", "wo", "w1", "w2", "w3"], "which matrices")
+    adapter_only: bool = arg(False, "checkpoints hold the adapter alone, and the path and hash of --init_from")
 
 
 def advantages(batch, cfg, state):
@@ -126,7 +127,8 @@ def policy_loss(model, batch, cfg):
 def value_loss(model, batch, cfg):
     """The same of the critic."""
     mask = batch["targets"] != IGNORE_INDEX
-    loss, count, metrics = ppo_value_loss(model(batch["inputs"], without_padding(batch["targets"])), batch["values"], batch["returns"], mask, cfg.value_clip)
+    values = model(batch["inputs"], without_padding(model, batch["targets"]))
+    loss, count, metrics = ppo_value_loss(values, batch["values"], batch["returns"], mask, cfg.value_clip)
     return loss, count, metrics | {"value_loss": loss.detach()}
 
 
@@ -140,12 +142,8 @@ def main(cfg):
     if ctx.sharded:
         raise UserError("train_ppo.py knows --parallel ddp only: answers are written with whole models")
     raw, reference, critic, score, state, tokenizer, T = load_models(cfg, ctx)             # raw: the actor
-    # [shared:adapter]
-    if cfg.peft not in ("", "lora"):
-        raise UserError(f"--peft {cfg.peft} is unknown; use lora, or leave it out to train all weights")
-    # [/shared]
-    if cfg.peft:
-        peft.inject_lora(raw, cfg.lora_rank, cfg.lora_alpha, 0.0, cfg.lora_targets)
+    if adapter := peft.read(cfg, peft.ANYWHERE):
+        peft.adapt(raw, cfg, *adapter)
         reference = reference if cfg.reference else None     # the actor with its adapters switched off
     train, val = PromptRows.load(cfg, tokenizer, T - cfg.max_new_tokens)
 
@@ -248,6 +246,8 @@ def main(cfg):
         model.wait()                                         # the averaged gradients are in place, on every rank the same
         loss = ctx.sum(loss)
         grad_norm = update(raw, optimizer, scaler, cfg.grad_clip, loss)        # unscale, clip, step; left out if not finite
+        # [/shared]
+        # [shared:advance]
         model.zero_grad()
         at.step += 1
         log.live(at)

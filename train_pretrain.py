@@ -47,6 +47,7 @@ class Config:
     n_layers: int = arg(4, "number of blocks")
     n_heads: int = arg(4, "query heads")
     n_kv_heads: int = arg(0, "key/value heads; 0 = n_heads, fewer = GQA")
+    head_dim: int = arg(0, "width of a head; 0 = dim / n_heads")
     vocab_size: int = arg(0, "0 = the tokenizer's; larger pads the embedding")
     multiple_of: int = arg(32, "the FFN width is rounded up to a multiple of this")
     hidden_dim: int = arg(0, "FFN width; 0 = 2/3 * 4 * dim, rounded up")
@@ -129,7 +130,7 @@ def make_model(cfg, tokenizer):
     """A fresh Transformer from the flags, or the one in --init_from."""
     fields = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(ModelArgs)}
     if cfg.init_from:
-        raw, _, meta = checkpoint.load(cfg.init_from, expect="lm", variants=cfg.variants)
+        raw, _, meta = checkpoint.load(cfg.init_from, expect="lm", variants=cfg.variants, plain=True)
         if meta["tokenizer_hash"] != tokenizer.hash:
             raise UserError(f"--init_from {cfg.init_from} was trained with another tokenizer than {cfg.data}; tokenize with the model's")
         for name, value in fields.items():
@@ -237,6 +238,8 @@ def main(cfg):
         model.wait()                                         # the averaged gradients are in place, on every rank the same
         loss = ctx.sum(loss)
         grad_norm = update(raw, optimizer, scaler, cfg.grad_clip, loss)        # unscale, clip, step; left out if not finite
+        # [/shared]
+        # [shared:advance]
         model.zero_grad()
         at.step += 1
         log.live(at)

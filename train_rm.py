@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanollm import checkpoint, dist, evaluation, pairs
+from nanollm import checkpoint, dist, evaluation, pairs, peft
 from nanollm.config import UserError, arg, run
 from nanollm.data import Ahead, PreferenceRows
 from nanollm.log import Logger
@@ -69,6 +69,12 @@ class Config:
     rollback_lr: float = arg(0.1, "factor of the rate after a rollback, until it is as far behind")
     tensorboard: bool = arg(False, "also write OUT/tensorboard (extra: tensorboard)")
     max_bad: float = arg(0.1, "largest share of unusable rows before the run refuses to start")
+    # adapters (docs/peft.md)
+    peft: str = arg("", f"train the head and a small adapter beside frozen weights: {', '.join(peft.ANYWHERE)}; empty = train everything")
+    lora_rank: int = arg(8, "r: each adapted matrix (out, in) gets r * (in + out) parameters")
+    lora_alpha: float = arg(16.0, "the adapter is scaled by alpha / r (rslora: / sqrt(r))")
+    lora_targets: list = arg(["wq", "wk", "wv", "wo", "w1", "w2", "w3"], "which matrices")
+    adapter_only: bool = arg(False, "checkpoints hold the adapter alone, and the path and hash of --init_from")
 
 
 def pair_loss(model, cfg, ids, lengths, prompts=None, margins=0.0):
@@ -107,7 +113,7 @@ def main(cfg):
     autocast = lambda: dist.autocast(ctx.device, dtype)
     torch.manual_seed(cfg.seed + ctx.rank)                   # ranks draw different dropout masks
     # [/shared]
-    lm, tokenizer, _ = checkpoint.load(cfg.init_from, expect="chat")
+    lm, tokenizer, _ = checkpoint.load(cfg.init_from, expect="chat", plain=True)
     T = cfg.max_seq_len or lm.args.max_seq_len
     if T > lm.args.max_seq_len:
         raise UserError(f"--max_seq_len {T} is longer than the model's context of {lm.args.max_seq_len}")
@@ -117,6 +123,8 @@ def main(cfg):
         raise UserError(f"--loss {cfg.loss}: use bt_last or divergence; --exact belongs to divergence")
     if cfg.loss == "divergence" and (cfg.center or cfg.margin):
         raise UserError("--loss divergence knows no --center and no --margin; use --loss bt_last")
+    if adapter := peft.read(cfg, peft.ANYWHERE):
+        peft.adapt(raw, cfg, *adapter, base=lm)
     share = cfg.share_prompt and pairs.can_share(raw, cfg)
     train, val = PreferenceRows.load(cfg, tokenizer, T, share=share)
 
@@ -138,8 +146,8 @@ def main(cfg):
     # [/shared]
     sampler.order = ByLength(sampler, train.lengths(), cfg.seed)          # half of a batch of chance neighbours is padding
     model.eval()                                             # dropout off: both answers are judged by the same network
-    print(f"{parameter_count(raw)['total']:,} parameters | {dtype} on {ctx.device}, {ctx.world_size} rank(s)\n"
-          f"{len(train):,} pairs | {sampler.rows_per_step} pairs an update | {max_steps} updates", flush=True)
+    print(f"{parameter_count(raw)['total']:,} parameters, {sum(p.numel() for p in raw.parameters() if p.requires_grad):,} trained | {dtype} on "
+          f"{ctx.device}, {ctx.world_size} rank(s)\n{len(train):,} pairs | {sampler.rows_per_step} pairs an update | {max_steps} updates", flush=True)
 
     def evaluate():
         metrics = validate(model, val, ctx, autocast, cfg)
@@ -186,6 +194,8 @@ def main(cfg):
         model.wait()                                         # the averaged gradients are in place, on every rank the same
         loss = ctx.sum(loss)
         grad_norm = update(raw, optimizer, scaler, cfg.grad_clip, loss)        # unscale, clip, step; left out if not finite
+        # [/shared]
+        # [shared:advance]
         model.zero_grad()
         at.step += 1
         log.live(at)

@@ -73,12 +73,13 @@ class Config:
     tensorboard: bool = arg(False, "also write OUT/tensorboard (extra: tensorboard)")
     max_bad: float = arg(0.1, "largest share of unusable rows before the run refuses to start")
     variants: list = arg([], "architecture options to put on the trained model: prefix_lm, sliding_window, rope_scaling (docs/variants.md)")
-    # LoRA
-    peft: str = arg("", "lora: train small adapters beside frozen weights; empty = train everything")
+    # adapters (docs/peft.md)
+    peft: str = arg("", f"train a small adapter beside frozen weights: {', '.join(peft.METHODS)}, options as in prefix:n=16; empty = train everything")
     lora_rank: int = arg(8, "r: each adapted matrix (out, in) gets r * (in + out) parameters")
-    lora_alpha: float = arg(16.0, "the adapter is scaled by alpha / r")
+    lora_alpha: float = arg(16.0, "the adapter is scaled by alpha / r (rslora: / sqrt(r))")
     lora_dropout: float = arg(0.0, "dropout on the adapter's input")
     lora_targets: list = arg(["wq", "wk", "wv", "wo", "w1", "w2", "w3"], "which matrices")
+    adapter_only: bool = arg(False, "checkpoints hold the adapter alone, and the path and hash of --init_from")
     merge_on_save: bool = arg(False, "also write OUT/merged: base and adapter as one plain model")
     # distillation (docs/distillation.md)
     teacher: str = arg("", "a checkpoint of the same tokenizer: learn its whole distribution beside the text")
@@ -95,7 +96,7 @@ def sft_loss(model, inputs, targets, segments, teacher=None):
     (sum, count, metrics)."""
     head = teacher.head(inputs, targets, segments) if teacher else lambda h, output: linear_cross_entropy(h, output.weight, targets)
     segments = mark_prefix(model, segments, targets)         # for a prefix-LM: the prompt reads itself in both directions
-    loss = model(inputs, segments, head=head)
+    loss = peft.add_orthogonality(model, *model(inputs, segments, head=head))                # for AdaLoRA: that its vectors stay apart
     return add_balance(model, *loss)                         # for a mixture of experts: that all are used
 
 
@@ -122,22 +123,19 @@ def main(cfg):
     autocast = lambda: dist.autocast(ctx.device, dtype)
     torch.manual_seed(cfg.seed + ctx.rank)                   # ranks draw different dropout masks
     # [/shared]
-    raw, tokenizer, _ = checkpoint.load(cfg.init_from, ctx.device, expect="lm", variants=cfg.variants)
-    T = cfg.max_seq_len or raw.args.max_seq_len
-    if T > raw.args.max_seq_len:
-        raise UserError(f"--max_seq_len {T} is longer than the model's context of {raw.args.max_seq_len}")
-    # [shared:adapter]
-    if cfg.peft not in ("", "lora"):
-        raise UserError(f"--peft {cfg.peft} is unknown; use lora, or leave it out to train all weights")
-    # [/shared]
-    if cfg.format not in ("", *TEMPLATES):
-        raise UserError(f"--format {cfg.format} is unknown; use one of {', '.join(TEMPLATES)}")
-    tokenizer.template = cfg.format or tokenizer.template    # saved with the model: chat, RM, DPO and export speak it from here on
-    if cfg.peft:
+    raw, tokenizer, _ = checkpoint.load(cfg.init_from, ctx.device, expect="lm", variants=cfg.variants, plain=True)
+    if adapter := peft.read(cfg):
         if not checkpoint.knows_chat(raw, tokenizer):
             print(f"note: {cfg.init_from} has never seen the chat tokens, and adapters leave their embeddings as they are: it may never learn "
                   f"to stop. Train all weights first (no --peft), or use --format raw, whose end it knows", flush=True)
-        peft.inject_lora(raw, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets)
+        peft.adapt(raw, cfg, *adapter)
+        cfg.pack &= peft.base_args(raw) is raw.args          # virtual tokens stand in front of each chat: a row of its own
+    T = cfg.max_seq_len or raw.args.max_seq_len
+    if T > raw.args.max_seq_len:
+        raise UserError(f"--max_seq_len {T} is longer than the model's context of {raw.args.max_seq_len}")
+    if cfg.format not in ("", *TEMPLATES):
+        raise UserError(f"--format {cfg.format} is unknown; use one of {', '.join(TEMPLATES)}")
+    tokenizer.template = cfg.format or tokenizer.template    # saved with the model: chat, RM, DPO and export speak it from here on
     train, val = ChatRows.load(cfg, tokenizer, T)
     if cfg.inspect:
         train.inspect(tokenizer, cfg.inspect if ctx.main else 0)
@@ -218,6 +216,10 @@ def main(cfg):
         model.wait()                                         # the averaged gradients are in place, on every rank the same
         loss = ctx.sum(loss)
         grad_norm = update(raw, optimizer, scaler, cfg.grad_clip, loss)        # unscale, clip, step; left out if not finite
+        # [/shared]
+        if cfg.peft.startswith("adalora") and torch.isfinite(grad_norm):      # the gradients of this update are still there
+            peft.reallocate(raw, at.step + 1, max_steps)
+        # [shared:advance]
         model.zero_grad()
         at.step += 1
         log.live(at)

@@ -41,14 +41,15 @@ class Config:
     out: str = arg("out/bench/rollout.json", "the results")
 
 
-def both(dim, layers, vocab, room):
+def both(dim, layers, vocab, room, n_kv_heads=0):
     """The same random weights as a transformers Llama and as ours."""
     from transformers import LlamaConfig, LlamaForCausalLM
-    args = ModelArgs(dim=dim, n_layers=layers, n_heads=dim // (32 if dim < 256 else 64), vocab_size=vocab, max_seq_len=room, tie_embeddings=True)
+    args = ModelArgs(dim=dim, n_layers=layers, n_heads=dim // (32 if dim < 256 else 64), n_kv_heads=n_kv_heads, vocab_size=vocab,
+                     max_seq_len=room, tie_embeddings=True)
     torch.manual_seed(0)
     theirs = LlamaForCausalLM(LlamaConfig(
         vocab_size=vocab, hidden_size=dim, intermediate_size=args.ffn_dim, num_hidden_layers=layers, num_attention_heads=args.n_heads,
-        num_key_value_heads=args.n_heads, max_position_embeddings=room, tie_word_embeddings=True, rms_norm_eps=args.norm_eps,
+        num_key_value_heads=args.n_kv_heads, max_position_embeddings=room, tie_word_embeddings=True, rms_norm_eps=args.norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": args.rope_theta}, bos_token_id=None, eos_token_id=None, pad_token_id=0)).eval()
     ours = Transformer(args).eval()
     ours.load_state_dict(from_hf_state(theirs.state_dict(), args))

@@ -1,8 +1,8 @@
 """Checkpoints: one self-contained directory each, written aside and renamed, one format for all stages.
 
     RUN/step_00000400/
-        model.pt       state dict, fp32, plain names, loadable with weights_only=True
-        meta.json      stage, step, ModelArgs, LoRA shape, tokenizer hash, the run's configuration, each file's size and SHA-256
+        model.pt       state dict, fp32, plain names, loadable with weights_only=True; with --adapter_only the adapter's tensors alone
+        meta.json      stage, step, ModelArgs, adapter and its base, tokenizer hash, the run's configuration, each file's size and SHA-256
         tokenizer/     what turns text into this model's ids and back
         training.pt    optimizer, GradScaler, random states of all ranks: what --resume needs beyond the weights
         training/      instead of the optimizer in training.pt where the weights are sharded (parallel.py)
@@ -21,9 +21,10 @@ from pathlib import Path
 
 import torch
 
-from nanollm import dist, peft
+from nanollm import dist, peft, quant
 from nanollm import tokenizer as tokenizers
 from nanollm.config import UserError
+from nanollm.heads import Classifier
 from nanollm.model import ModelArgs, RewardModel
 from nanollm.variants import build
 
@@ -64,22 +65,25 @@ def save(run_dir, step, model, tokenizer, stage, config, training=None, keep=2, 
     Raises UserError when the disk is full; the older checkpoints are untouched then.
     """
     run_dir = Path(run_dir)
-    final = run_dir / f"{PREFIX}{step:08d}"
+    final, adapter = run_dir / f"{PREFIX}{step:08d}", peft.to_meta(model, alone=getattr(config, "adapter_only", False))
     try:
         aside = aside or aside_of(run_dir, step)
         state = model.state_dict() if state is None else state
+        if adapter and adapter["alone"]:
+            state = {k: v for k, v in state.items() if peft.OWN.search(k)}
         need = sum(v.numel() * 4 for v in state.values()) + sum(v.numel() * v.element_size() for v in tensors(training))
         free = shutil.disk_usage(aside).free
         if free < 1.02 * need:
             raise OSError(f"it needs {need / 2**20:,.0f} MB and the disk has {free / 2**20:,.0f}")
-        torch.save({k: v.detach().float().cpu() for k, v in state.items()}, aside / "model.pt")
+        torch.save({k: (v.float() if v.is_floating_point() else v).detach().cpu() for k, v in state.items()}, aside / "model.pt")
         if training is not None:
             torch.save(training, aside / "training.pt")
         tokenizer.save(aside / "tokenizer")
         files = {str(p.relative_to(aside).as_posix()): p for p in sorted(aside.rglob("*")) if p.is_file()}
         meta = {"format": "nanollm-checkpoint", "version": 2, "stage": stage, "step": step,
-                "head": "reward" if isinstance(model, RewardModel) else "lm",
-                "model": dataclasses.asdict(model.args), "lora": peft.lora_config(model), **about,
+                "head": "reward" if isinstance(model, RewardModel) else "classifier" if isinstance(model, Classifier) else "lm",
+                "model": dataclasses.asdict(peft.base_args(model)), "adapter": adapter, **about,
+                **({"classifier": {"task": model.task, "labels": model.labels}} if isinstance(model, Classifier) else {}),
                 "tokenizer_hash": tokenizer.hash, "config": dataclasses.asdict(config) if config else {},
                 "files": {name: {"size": p.stat().st_size, "sha256": digest(p)} for name, p in files.items()}}
         for path in files.values():                           # on the disk before the name is: survives a power cut
@@ -202,18 +206,18 @@ def knows_chat(model, tokenizer):
     return bool(apart or logits[tokenizer.end_id] - logits[tokenizer.pad_id] > 0.5)
 
 
-def load(path, device="cpu", expect=None, variants=()):
-    """(model, tokenizer, meta) of the checkpoint or run directory at `path`; the model plain (a LoRA adapter is merged)
-    and in eval mode.
+def load(path, device="cpu", expect=None, variants=(), plain=False, merge=True, quantize=""):
+    """(model, tokenizer, meta) of the checkpoint or run directory at `path`, in eval mode; the model plain, an adapter merged. One that
+    cannot be merged, such as a prompt, stays on, or with plain=True is refused; merge=False leaves every adapter on.
 
-    expect: "lm" or "reward" refuses the other head in one sentence, "chat" also a language model that has not been taught to
-    end its turn. variants: more than it was trained with, such as have no weights (docs/variants.md). Strict: every tensor must
-    match by name and shape.
+    expect: "lm", "reward" or "classifier" refuses another head in one sentence, "chat" also a language model that has not been taught to
+    end its turn. variants: more than it was trained with, such as have no weights (docs/variants.md). quantize: int8, int4 or nf4,
+    to use it and not to train it on (docs/quantization.md). Strict: every tensor must match by name and shape.
     """
     path = find(path, skip="training")                       # the largest part, and not read here
     meta = meta_of(path)
     if expect and meta["head"] != expect.replace("chat", "lm"):
-        kind = {"lm": "a language model", "reward": "a reward model", "chat": "a language model"}
+        kind = {"lm": "a language model", "reward": "a reward model", "chat": "a language model", "classifier": "a classifier"}
         raise UserError(f"{path} is {kind[meta['head']]} ({meta['stage']}), but this needs {kind[expect]}")
     tokenizer = tokenizers.load(path / "tokenizer")
     if tokenizer.hash != meta["tokenizer_hash"]:
@@ -221,18 +225,29 @@ def load(path, device="cpu", expect=None, variants=()):
                         f"of {meta['tokenizer_hash'][:8]}); restore the tokenizer directory")
     args = ModelArgs(**meta["model"])
     args.variants += [word for word in variants if word not in args.variants]
-    model = build(args, meta["head"])
-    if meta.get("lora"):
-        peft.inject_lora(model, **meta["lora"])
+    model = Classifier(build(args), **meta["classifier"]) if meta["head"] == "classifier" else build(args, meta["head"])
+    quant.as_stored(model, meta.get("quantize"), quantize, path)
+    config, base, alone = peft.of_meta(meta)
+    if alone:
+        peft.put_base(model, base, path, load)
+    if config:
+        peft.add_adapter(model, **config).base = base
     try:
-        model.load_state_dict(read(path, "model.pt"))
+        peft.load_state_dict(model, read(path, "model.pt"), alone)
     except RuntimeError as e:
         extra = f" with --variants {' '.join(variants)} added (a trained model takes only variants without weights)" if variants else ""
         raise UserError(f"{path}: the weights do not fit the model that meta.json describes{extra}: {str(e).splitlines()[-1].strip()[:120]}") from None
-    if meta.get("lora"):
-        peft.merge_lora(model)
+    if config and merge and config["method"] in peft.MERGEABLE:
+        peft.merge_adapter(model)
+    elif config and plain:
+        raise UserError(f"{path} carries a {config['method']} adapter, which cannot be merged into the weights; train from its base, "
+                        f"{base.get('path', 'the plain model')}")
+    elif config:
+        peft.bake(model)
     if expect == "chat" and not knows_chat(model.eval(), tokenizer):
         raise UserError(f"{path} ({meta['stage']}) has never seen the chat tokens: its answers would not end; train it with train_sft.py first")
+    if quantize and not meta.get("quantize"):
+        quant.quantize(model, quantize)
     return model.to(device).eval(), tokenizer, meta
 
 
@@ -407,7 +422,10 @@ class Saver:
                 from nanollm import parallel
                 parallel.load_full_state(self.model, read(path, "model.pt"))
             else:
-                self.model.load_state_dict(read(path, "model.pt"))
+                _, base, alone = peft.of_meta(meta)
+                if alone and base != (peft.to_meta(self.model, alone) or {}).get("base"):
+                    raise UserError(f"--resume: {path} holds an adapter alone, and --init_from {self.cfg.init_from} is no longer its base")
+                peft.load_state_dict(self.model, read(path, "model.pt"), alone)
             if "optimizer" in training and not ctx.sharded:
                 self.optimizer.load_state_dict(training["optimizer"])
             else:                                             # saved by, or going on as, a sharded run

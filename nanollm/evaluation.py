@@ -1,17 +1,18 @@
-"""What a model knows: perplexity, bits per byte, multiple choice, generated answers, rewards.
+"""What a model knows: perplexity, bits per byte, generated answers, rewards. Multiple choice stands in choices.py, whatever needs no
+model in metrics.py.
 
 Every function takes a model and plain data and returns plain numbers; nothing is sampled without a seed, so two runs
 give the same table. Log-probabilities are in nats unless a name says bits.
 """
 import collections
-import csv
 import itertools
 import math
-from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+from nanollm import metrics
 from nanollm.config import UserError
 from nanollm.generate import generate_batch
 from nanollm.losses import last_scores
@@ -67,24 +68,46 @@ def pieces(data, tok, max_seq_len):
             yield ids[start : start + 1], ids[start + 1 : start + 1 + max_seq_len]
 
 
-def lm_loss(model, tok, data, max_tokens=0):
-    """Loss on held-out documents (see pieces), each of which begins its window. max_tokens 0 = all of them.
-
-    loss is the mean over tokens, EOS included; ppl = exp(loss) and depends on the tokenizer. bits_per_byte divides
-    the bits of all text tokens by the UTF-8 bytes they stand for, which no choice of tokens can change: compare that.
-    """
-    total = text_nats = tokens = n_bytes = 0
+def document_losses(model, tok, data, max_tokens=0):
+    """What each document (see pieces) adds to a loss: float64 (D, 4), nats of all its tokens, their number, nats of those that are
+    text (not the closing <|endoftext|>), its UTF-8 bytes. max_tokens 0 = all
+    documents, else about so many tokens of them."""
+    rows, row, seen = [], np.zeros(4), 0
     size = [len(tok.token_bytes(i)) for i in range(tok.vocab_size)]
     stream = pieces(data, tok, model.args.max_seq_len)
-    while (part := list(itertools.islice(stream, 128))) and not (max_tokens and tokens >= max_tokens):
+    while (part := list(itertools.islice(stream, 128))) and not (max_tokens and seen >= max_tokens):
         for (_, ids), nll in zip(part, continuation_losses(model, part)):
             weight = torch.tensor([size[t] for t in ids])
-            total, tokens = total + nll.sum().item(), tokens + len(ids)
-            text_nats, n_bytes = text_nats + nll[weight > 0].sum().item(), n_bytes + int(weight.sum())
-    if not tokens:
+            row += (nll.sum().item(), len(ids), nll[weight > 0].sum().item(), int(weight.sum()))
+            if ids[-1] == tok.eos_id:                                    # the piece that ends its document
+                rows.append(row)
+                row, seen = np.zeros(4), seen + row[1]
+    rows = np.array(rows).reshape(-1, 4)
+    if isinstance(data, list):                       # a tokenizer may put a blank in front: what counts is the text itself
+        rows[:, 3] = [len(text.encode("utf-8", "surrogatepass")) for text in data[: len(rows)]]
+    return rows
+
+
+def bits_per_byte(sums):
+    """Sums (..., 4) of document_losses -> (...)."""
+    return sums[..., 2] / math.log(2) / np.maximum(sums[..., 3], 1)
+
+
+def loss_table(rows):
+    """document_losses as numbers: loss is the mean over tokens, EOS included; ppl = exp(loss) and depends on the tokenizer.
+    bits_per_byte divides the bits of all text tokens by the UTF-8 bytes they stand for, which no choice of tokens can change: compare
+    that, on the same documents, with low and high (metrics.bootstrap over documents) around it."""
+    if not len(rows):
         raise UserError("there is no text to evaluate on: the split is empty")
-    return {"loss": total / tokens, "ppl": math.exp(min(total / tokens, 700)),
-            "bits_per_byte": text_nats / math.log(2) / max(n_bytes, 1), "tokens": tokens, "bytes": n_bytes}
+    total, tokens, _, n_bytes = (sums := rows.sum(0)).tolist()
+    low, high = metrics.bootstrap(rows, bits_per_byte)
+    return {"loss": total / tokens, "ppl": math.exp(min(total / tokens, 700)), "bits_per_byte": float(bits_per_byte(sums)), "low": low, "high": high,
+            "tokens": int(tokens), "bytes": int(n_bytes), "documents": len(rows)}
+
+
+def lm_loss(model, tok, data, max_tokens=0):
+    """Loss on held-out documents, each of which begins its window: loss_table of document_losses."""
+    return loss_table(document_losses(model, tok, data, max_tokens))
 
 
 def token_losses(model, tok, texts):
@@ -121,103 +144,6 @@ def loss_by_kind(model, tok, texts, parse):
     kinds["all"] = {key: sum(k[key] for k in kinds.values()) for key in ("loss", "floor", "tokens")}
     return {kind: {"loss": k["loss"] / max(k["tokens"], 1), "floor": k["floor"] / max(k["tokens"], 1), "tokens": k["tokens"]}
             for kind, k in kinds.items()}
-
-
-# ---------------------------------------------------------------------------------------------------- multiple choice
-
-LETTERS = "ABCDEFGH"
-ZH = {"head": "以下是关于{subject}的单项选择题，请直接给出正确答案的选项。\n\n", "question": "题目：", "answer": "答案是：", "gap": ""}
-EN = {"head": "The following are multiple choice questions (with answers) about {subject}.\n\n", "question": "Question: ",
-      "answer": "Answer:", "gap": " "}                      # the space belongs to the option: " A" is one token in most vocabularies
-
-
-def read_choices(path):
-    """CMMLU's CSV (a header with Question, A, B, …, Answer) or MMLU's (no header) -> [{"question", "options", "answer"
-    (index), "subject" (file name)}]. path: one file or a directory of them. Raises UserError."""
-    path = Path(path)
-    files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
-    questions = []
-    if not files or not files[0].exists():
-        raise UserError(f"--data {path}: no .csv file with multiple-choice questions there")
-    for file in files:
-        try:
-            rows = [row for row in csv.reader(file.read_text(encoding="utf-8-sig").splitlines(True)) if row]
-        except (UnicodeDecodeError, csv.Error) as e:
-            raise UserError(f"{file} is not a UTF-8 CSV file: {e}") from None
-        head = [c.strip() for c in rows[0]] if rows else []
-        titled = "Question" in head and "Answer" in head
-        letters = [c for c in LETTERS if c in head] if titled else list(LETTERS[: max(len(head) - 2, 0)])
-        columns = [head.index(c) for c in ("Question", *letters, "Answer")] if titled else range(len(head))
-        for line, row in enumerate(rows[titled:], 1 + titled):
-            cells = [row[i].strip() for i in columns] if len(row) > max(columns, default=0) else []
-            if len(cells) < 4 or cells[-1] not in letters:
-                raise UserError(f"{file} row {line}: wanted a question, two or more options and the right one's letter")
-            questions.append({"question": cells[0], "options": cells[1:-1], "answer": letters.index(cells[-1]),
-                              "subject": file.stem.replace("_", " ")})
-    if not questions:
-        raise UserError(f"--data {path}: the file holds no question")
-    return questions
-
-
-def question_text(words, q, letters, answer=False):
-    """One question as text, with its lettered options or without, up to its answer or including it."""
-    options = "".join(f"{c}. {option}\n" for c, option in zip(LETTERS, q["options"])) if letters else ""
-    right = LETTERS[q["answer"]] if letters else q["options"][q["answer"]]
-    return words["question"] + q["question"] + "\n" + options + words["answer"] + (words["gap"] + right + "\n\n" if answer else "")
-
-
-def multiple_choice(model, tok, questions, shots=(), score="letter", chat=False, n_shots=5):
-    """Accuracy by log-likelihood: the option to which the model gives the highest score is its answer.
-
-    score="letter": the options are shown with letters and log p(letter) is compared. score="text": only the question
-    is shown and log p(option text) / its UTF-8 bytes is compared, since a long option is improbable by its length.
-    shots: solved questions of the same form; up to n_shots of the same subject go in front, as many as fit into the
-    context beside the longest option. chat: the question is the user's message and the option begins the answer
-    (no shots). The output names prompt, scoring and number of truncated questions: a number without them means little.
-    """
-    if score not in ("letter", "text"):
-        raise UserError(f"--score {score} is unknown; use letter or text")
-    pairs, owners, used, truncated, example = [], [], [], 0, ""
-    for n, q in enumerate(questions):
-        words = ZH if any("\u4e00" <= c <= "\u9fff" for c in q["question"]) else EN
-        texts = list(LETTERS[: len(q["options"])]) if score == "letter" else q["options"]
-        options = [tok.encode(("" if chat else words["gap"]) + text)[: model.args.max_seq_len // 2] for text in texts]
-        room = model.args.max_seq_len + 1 - max(map(len, options))
-        if chat:
-            user = question_text({"question": "", "answer": ""}, q, score == "letter").rstrip("\n")
-            context = render(tok, [{"role": "user", "content": user}], add_generation_prompt=True)[0]
-        else:
-            solved = [question_text(words, s, score == "letter", answer=True) for s in shots if s["subject"] == q["subject"]]
-            head, asked = words["head"].format(subject=q["subject"]), question_text(words, q, score == "letter")
-            for n_solved in range(min(len(solved), n_shots), -1, -1):
-                context = tok.encode(head + "".join(solved[:n_solved]) + asked)
-                if len(context) <= room:
-                    break
-            used.append(n_solved)
-        if len(context) > room:
-            context, truncated = context[-room:], truncated + 1
-        example = example or tok.decode(context)
-        for option, text in zip(options, texts):
-            pairs.append((context, option))
-            owners.append((n, len(text.encode("utf-8")) if score == "text" else 1))
-    scores, subjects = [[] for _ in questions], {}
-    for (n, size), nll in zip(owners, continuation_losses(model, pairs)):
-        scores[n].append(-nll.sum().item() / size)
-    right = [s.index(max(s)) == q["answer"] for s, q in zip(scores, questions)]
-    for q, hit in zip(questions, right):
-        subjects.setdefault(q["subject"], []).append(hit)
-    return share(right) | {
-        "chance": sum(1 / len(q["options"]) for q in questions) / len(questions),
-        "by_subject": {name: share(hits) for name, hits in subjects.items()},
-        "scoring": "log p of the option's letter" if score == "letter" else "log p of the option's text / its UTF-8 bytes",
-        "template": "chat, 0 shots" if chat else f"plain text, {sum(used) / max(len(used), 1):.1f} shots on average",
-        "truncated": truncated, "prompt": example, "scores": scores}
-
-
-def share(hits):
-    """A list of booleans as accuracy, its standard error sqrt(p (1 - p) / n), and n."""
-    n, p = len(hits), sum(hits) / max(len(hits), 1)
-    return {"accuracy": p, "stderr": math.sqrt(p * (1 - p) / max(n, 1)), "n": n}
 
 
 # ---------------------------------------------------------------------------------------------------- generation
@@ -259,17 +185,13 @@ def exact_match(rows, replies, correct):
     hits, tasks = [correct(row, text) for row, (text, _) in zip(rows, replies)], {}
     for row, hit in zip(rows, hits):
         tasks.setdefault(row.get("task", "all"), []).append(hit)
-    def named(hits):
-        numbers = share(hits)
-        return {"exact_match": numbers.pop("accuracy"), **numbers}
-    return {**named(hits), "stop_rate": sum(ended for _, ended in replies) / max(len(replies), 1),
-            "by_task": {task: named(h) for task, h in sorted(tasks.items())}}
+    return {**metrics.share(hits, "exact_match"), "stop_rate": sum(ended for _, ended in replies) / max(len(replies), 1),
+            "by_task": {task: metrics.share(h, "exact_match") for task, h in sorted(tasks.items())}}
 
 
 def win_rate(ratings, other):
-    """Share of prompts on which `ratings` lies above `other`; a tie is half a win, so that a model stands at 0.5
-    against itself. Both are lists of numbers, one a prompt."""
-    return sum(0.5 if a == b else float(a > b) for a, b in zip(ratings, other)) / max(len(ratings), 1)
+    """Share of prompts on which `ratings` lies above `other`, a tie being half a win. Both are lists of numbers, one a prompt."""
+    return sum(metrics.wins(ratings, other)) / max(len(ratings), 1)
 
 
 def score_table(rewards, lengths):
@@ -319,12 +241,12 @@ def away_from(base, model, reward, tok, prompts, answers):
 
 @torch.no_grad()
 def rm_accuracy(model, pairs, batch_size=32):
-    """How often a reward model scores the chosen answer above the rejected: share() plus the mean margin and the share
+    """How often a reward model scores the chosen answer above the rejected: metrics.share plus the mean margin and the share
     of ties. pairs: PreferenceRows."""
     device, table = next(model.parameters()).device, []
     for start in range(0, len(pairs), batch_size):
         ids, lengths, *_ = pairs.scored_batch(range(start, min(start + batch_size, len(pairs))))
         table.append(score_table(model(ids.to(device)), lengths.to(device)))
-    report, n = reward_report(torch.cat(table)), len(pairs)
-    p = report["accuracy"]
-    return {"accuracy": p, "stderr": math.sqrt(p * (1 - p) / n), "n": n, "margin": report["margin"], "ties": report["ties"]}
+    table = torch.cat(table)
+    report = reward_report(table)
+    return metrics.share((table[:, 0] > table[:, 1]).tolist()) | {"margin": report["margin"], "ties": report["ties"]}

@@ -3,7 +3,7 @@
 Names follow Meta's LLaMA, so a printed module tree equals the one in the literature. RoPE is in the half-split
 form that Hugging Face uses, so exporting is a renaming of tensors and nothing else.
 
-Legend of shapes:  B batch   T time (tokens)   C = dim   H query heads   G key/value heads   D = C / H   V vocabulary
+Legend of shapes:  B batch   T time (tokens)   C = dim   H query heads   G key/value heads   D = head_dim   V vocabulary
 """
 import math
 from dataclasses import dataclass, field
@@ -23,6 +23,7 @@ class ModelArgs:
     n_layers: int = 4
     n_heads: int = 4
     n_kv_heads: int = 0            # 0 = as many as n_heads (MHA); fewer = grouped-query attention (GQA)
+    head_dim: int = 0              # 0 = dim / n_heads; otherwise the width of a head itself
     vocab_size: int = 1024
     multiple_of: int = 32          # the FFN width is rounded up to a multiple of this
     hidden_dim: int = 0            # 0 = two thirds of 4 * dim, rounded; otherwise the FFN width itself
@@ -40,8 +41,9 @@ class ModelArgs:
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.dim % self.n_heads or self.dim // self.n_heads % 2:
-            raise ValueError(f"dim {self.dim} must be n_heads {self.n_heads} times an even number: RoPE rotates pairs")
+        if not self.head_dim and self.dim % self.n_heads or (self.head_dim or self.dim // self.n_heads) % 2:
+            raise ValueError(f"dim {self.dim} must be n_heads {self.n_heads} times an even number, or head_dim one: RoPE rotates pairs")
+        self.head_dim = self.head_dim or self.dim // self.n_heads
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}")
         if self.attention not in ("sdpa", "naive"):
@@ -119,8 +121,7 @@ class Linear(nn.Linear):
 class Attention(nn.Module):
     def __init__(self, args):
         super().__init__()
-        self.n_heads, self.n_kv_heads = args.n_heads, args.n_kv_heads
-        self.head_dim = args.dim // args.n_heads
+        self.n_heads, self.n_kv_heads, self.head_dim = args.n_heads, args.n_kv_heads, args.head_dim
         self.naive = args.attention == "naive"
         self.wq = Linear(args.dim, self.n_heads * self.head_dim, bias=False)
         self.wk = Linear(args.dim, self.n_kv_heads * self.head_dim, bias=False)
@@ -155,7 +156,7 @@ class Attention(nn.Module):
             k = k.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1)            # (B, H, S, D)
             v = v.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1)
         out = attention_of_runs(q, k, v, mask, self.attend) if isinstance(mask, list) else self.attend(q, k, v, mask)
-        out = out.transpose(1, 2).reshape(B, T, self.n_heads * self.head_dim)          # (B, T, C)
+        out = out.transpose(1, 2).reshape(B, T, self.n_heads * self.head_dim)          # (B, T, H * D)
         return self.resid_dropout(self.wo(out))
 
 
@@ -258,7 +259,7 @@ class Transformer(nn.Module):
         self.output = Linear(args.dim, args.vocab_size, bias=False)
         if args.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
-        cos, sin = rope_table(args.dim // args.n_heads, args.max_seq_len, args.rope_theta)
+        cos, sin = rope_table(args.head_dim, args.max_seq_len, args.rope_theta)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
         self.mask, self.cache = causal_mask, KVCache          # a variant may put another function and another class here
@@ -293,8 +294,8 @@ class Transformer(nn.Module):
         On a CPU the segments are laid end to end without the padding (segment 0), for which nothing is computed: it comes out as 0.
         """
         T, start = tokens.size(1), cache.position if cache is not None else 0
-        if start + T > self.args.max_seq_len:
-            raise ValueError(f"{start + T} tokens do not fit into max_seq_len {self.args.max_seq_len}")
+        if start + T > len(self.rope_cos):                   # virtual tokens, too, stand in there (peft/soft.py)
+            raise ValueError(f"{start + T} tokens do not fit into max_seq_len {len(self.rope_cos)}")
         seen = segments
         if cache is not None and segments is not None:
             seen = cache.segments = segments if cache.segments is None else torch.cat((cache.segments, segments), 1)    # (B, S)
@@ -359,8 +360,8 @@ def parameter_count(model):
 
 def flops_per_token(model, seq_len):
     """Training FLOPs per token: 6 for each weight that multiplies (2 forward, 4 backward; Kaplan et al. 2020,
-    table 1) plus 12 * n_layers * dim * T for the attention scores and values (the causal half not subtracted).
+    table 1) plus 12 * n_layers * H * D * T for the attention scores and values (the causal half not subtracted).
     A tied output multiplies too, an embedding is only looked up. An expert's `share` is the part of the tokens it sees."""
     a = model.args
     multiplied = sum(m.weight.numel() * getattr(m, "share", 1) for m in model.modules() if isinstance(m, nn.Linear))
-    return round(6 * multiplied) + 12 * a.n_layers * a.dim * seq_len
+    return round(6 * multiplied) + 12 * a.n_layers * a.n_heads * a.head_dim * seq_len

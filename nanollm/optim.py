@@ -88,16 +88,17 @@ class Muon(torch.optim.AdamW):
 
 
 def make_optimizer(model, kind="adamw", learning_rate=3e-4, weight_decay=0.1, betas=(0.9, 0.95), muon_lr=0.02):
-    """AdamW (Loshchilov & Hutter 2019) with decay on matrices and embeddings (>= 2-D) only: pulling norm gains towards 0 is
-    no sensible prior. kind="muon" gives the blocks' matrices to Muon at peak rate muon_lr. Each group carries
+    """AdamW (Loshchilov & Hutter 2019) with decay on matrices and embeddings (>= 2-D) only: pulling norm gains, or IA3's, towards 0
+    is no sensible prior. kind="muon" gives the blocks' matrices to Muon at peak rate muon_lr. Each group carries
     lr_scale, so that a script sets group["lr"] = lr * group["lr_scale"] and stays in charge of the schedule."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    in_block = lambda n, p: kind == "muon" and p.dim() == 2 and "layers." in n
+    matrix = lambda n, p: p.dim() >= 2 and "ia3_" not in n   # IA3's gains are rows or columns, (1, n) or (n, 1)
+    in_block = lambda n, p: kind == "muon" and p.dim() == 2 and matrix(n, p) and "layers." in n
     if kind not in ("adamw", "muon"):
         raise UserError(f"--optimizer {kind} is unknown; use adamw or muon")
     groups = [
-        {"params": [(n, p) for n, p in named if p.dim() >= 2 and not in_block(n, p)], "weight_decay": weight_decay},
-        {"params": [(n, p) for n, p in named if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [(n, p) for n, p in named if matrix(n, p) and not in_block(n, p)], "weight_decay": weight_decay},
+        {"params": [(n, p) for n, p in named if not matrix(n, p)], "weight_decay": 0.0},
         {"params": [(n, p) for n, p in named if in_block(n, p)], "weight_decay": weight_decay, "muon": True,
          "momentum": 0.95, "lr_scale": muon_lr / (learning_rate or 1)},
     ]

@@ -12,7 +12,7 @@ import torch
 from nanollm import peft
 from nanollm.config import UserError
 from nanollm.losses import IGNORE_INDEX, KINDS, REFERENCE_FREE, linear_sequence_logps
-from nanollm.model import KVCache
+from nanollm.model import KVCache, Transformer, causal_mask
 from nanollm.sampler import uniform
 from nanollm.variants import mark_prefix
 
@@ -57,16 +57,22 @@ def spared(prompts):
     return 0 if prompts is None else 2 * (prompts >= 0).sum()
 
 
-def without_padding(targets):
-    """Segments (N, T) that end with each row's last target, with which a CPU computes nothing for the padding behind it
-    (Transformer.hidden); None on a GPU, where the plain causal kernel is faster than a mask."""
-    return None if targets.is_cuda else (targets != IGNORE_INDEX).flip(1).cummax(1).values.flip(1).long()
+def takes_runs(model):
+    """Does it compute segments end to end, without their padding (Transformer.hidden)? Elsewhere they would cost it a mask."""
+    model = getattr(model, "module", model)                  # out of DDP
+    body = getattr(model, "backbone", model)
+    return isinstance(body, Transformer) and body.by_runs and body.mask is causal_mask and next(body.parameters()).device.type == "cpu"
+
+
+def without_padding(model, targets):
+    """Segments (N, T) that end with each row's last target, for a model that takes_runs, else None."""
+    return (targets != IGNORE_INDEX).flip(1).cummax(1).values.flip(1).long() if takes_runs(model) else None
 
 
 def answer_logps(model, inputs, targets, prompts=None):
     """(log p of each answer, a sum over its tokens (N,); number of tokens (N,)). inputs, targets (N, T), targets on the answers
     only. prompts (B, P): what rows i, i + B, … go on from, see read_prompts; None = it stands in the rows."""
-    cache, segments = None, mark_prefix(model, without_padding(targets), targets)
+    cache, segments = None, mark_prefix(model, without_padding(model, targets), targets)
     if prompts is not None:
         cache = read_prompts(model, prompts, len(inputs) // len(prompts), head=lambda h, output: None)
         segments = torch.ones_like(inputs)

@@ -46,6 +46,7 @@ class Config:
     n_layers: int = arg(4, "number of blocks", least=1)
     n_heads: int = arg(4, "query heads", least=1)
     n_kv_heads: int = arg(0, "key/value heads; 0 = n_heads, fewer = GQA")
+    head_dim: int = arg(0, "width of a head; 0 = dim / n_heads")
     vocab_size: int = arg(0, "0 = that of the tokenizer in --data")
     multiple_of: int = arg(32, "the FFN width is rounded up to a multiple of this", least=1)
     hidden_dim: int = arg(0, "FFN width; 0 = 2/3 * 4 * dim, rounded up")
@@ -99,9 +100,10 @@ def block_activations(args, dtype, device="cuda", mask=False):
 
     Norms work in fp32 and keep their input and the normalised copy. A matrix product keeps its input; under autocast (a
     2-byte dtype) each of them casts a copy of its own. On the CPU in fp32 the derivatives by hand keep less, and under
-    autocast attention stays in fp32 there. mask: rows of several documents, whose mask the fused kernel turns into numbers.
-    Plain attention keeps the scores besides. Variants have no formula: one row is run and counted."""
-    if args.variants:
+    autocast attention stays in fp32 there. mask: rows of several documents, whose mask the fused kernel turns into numbers; on the
+    CPU there is none, but the documents' outputs are joined into a tensor of its own.
+    Plain attention keeps the scores besides. Variants and odd widths of heads have no formula: one row is run and counted."""
+    if args.variants or args.n_heads * args.head_dim != args.dim:
         return {"counted": counted(args, dtype)}
     s, C, F, H, T = dtype.itemsize, args.dim, args.ffn_dim, args.n_heads, args.max_seq_len
     half, cpu, plain = s < 4, device == "cpu", args.attention == "naive"
@@ -111,7 +113,7 @@ def block_activations(args, dtype, device="cuda", mask=False):
             "ffn_norm": norm, "input of w1 w3": (2 if half else 1) * s * C, "inside of the FFN": (2 if cpu and not half else 4) * s * F}
     if plain:
         return kept | {"scores": T * (H * (4 + (s if half else 0)) + 1)}
-    return kept | {"logsumexp": 4 * H} | ({"mask": a * T} if mask else {})
+    return kept | {"logsumexp": 4 * H} | ({} if not mask else {"documents joined": 0 if half else a * C} if cpu else {"mask": a * T})
 
 
 def kept_by_autograd(model, forward):
@@ -152,6 +154,8 @@ def activations(args, rows, dtype, checkpointing=False, mask=False, device="cuda
     n, block = rows * args.max_seq_len, sum(block_activations(args, dtype, device, mask).values())
     by_hand = device == "cpu" and dtype.itemsize == 4
     ends = 8 + 4 * ((1 if by_hand else 2) * args.dim + 1) + 4 * args.dim    # token ids; the last norm; d loss / d hidden
+    if mask and device == "cpu":
+        ends += 16 + 8 * args.head_dim                                       # where each token stood; its own angles
     matrices = parameter_count(on_meta(args))
     copies = 0 if dtype.itemsize == 4 else dtype.itemsize * (matrices["attention"] + matrices["feed_forward"])
     per_token = args.n_layers * 4 * args.dim + block if checkpointing else args.n_layers * block
@@ -210,7 +214,7 @@ def memory(args, rows, dtype=torch.float32, optimizer="adamw", parallel="ddp", g
 
 def kv_cache(args, dtype):
     """Bytes per token of context and row: a key and a value of every layer and key/value head."""
-    return 2 * args.n_layers * args.n_kv_heads * (args.dim // args.n_heads) * dtype.itemsize
+    return 2 * args.n_layers * args.n_kv_heads * args.head_dim * dtype.itemsize
 
 
 def steps(n_rows, batch_size, gradient_accumulation_steps, epochs=1.0):

@@ -56,10 +56,10 @@ class PromptRows:
                 self.rows.append(row)
                 self.questions.append(messages[-1]["content"])
         if too_long:
-            print(f"left out {too_long} of {len(rows)} prompts: longer than {max_len} tokens, what --max_seq_len leaves beside --max_new_tokens", flush=True)
+            print(f"left out {too_long} of {len(rows)} prompts: longer than {max_len} tokens, what the context leaves beside --max_new_tokens", flush=True)
         report_bad(bad, len(rows), out_dir, max_bad)
         if not self.ids:
-            raise UserError(f"no prompt fits into {max_len} tokens, what --max_seq_len leaves beside --max_new_tokens; raise the one or lower the other")
+            raise UserError(f"no prompt fits into {max_len} tokens, what the context leaves beside --max_new_tokens; lower that, or raise --max_seq_len")
 
     def __len__(self):
         return len(self.ids)
@@ -152,7 +152,7 @@ def join(parts, fill):
 
 def logps_of(model, inputs, targets, temperature):
     """log p of the answers' tokens and the entropy beside them, both (B, T)."""
-    return model(inputs, mark_prefix(model, without_padding(targets), targets), head=lambda h, output: token_logps(h, output, targets, temperature))
+    return model(inputs, mark_prefix(model, without_padding(model, targets), targets), head=lambda h, output: token_logps(h, output, targets, temperature))
 
 
 @torch.no_grad()
@@ -177,7 +177,7 @@ def experience(actor, reference, critic, score, data, rows, samples, seed, cfg, 
             with peft.disable_adapter(actor) if reference is None else nullcontext():
                 part["ref"] = logps_of(reference or actor, inputs, targets, cfg.temperature)[0]
             if critic is not None:
-                part["values"] = critic(inputs, without_padding(targets))              # v_t: what the critic expects before token t + 1 is drawn
+                part["values"] = critic(inputs, without_padding(critic, targets))              # v_t: what the critic expects before token t + 1 is drawn
         ended = torch.tensor([answer[-1] == tokenizer.end_id for answer in answers[some]])
         parts.append({k: v.cpu() for k, v in part.items()} | {"sample": torch.as_tensor(samples[some]), "scores": torch.tensor(scores), "ended": ended})
     everywhere = ctx.gather((parts, failed))
@@ -281,11 +281,13 @@ class State(dict):
 def make_critic(cfg, lm, reward_model, tokenizer, ctx):
     """A body that has learnt to read, and a head of zeros: the first values are the mean of normalised scores."""
     if cfg.critic:
-        body, own, _ = checkpoint.load(cfg.critic, ctx.device)
+        body, own, _ = checkpoint.load(cfg.critic, ctx.device, plain=True)
         if own.hash != tokenizer.hash:
             raise UserError(f"--critic {cfg.critic} has another tokenizer than --init_from {cfg.init_from}")
-    else:
-        body = reward_model or lm
+    elif reward_model is not None and not peft.adapter_config(reward_model):
+        body = reward_model
+    else:                                                    # a rule, or a reward model with an adapter that cannot be merged
+        body = lm
     critic, body = build(body.args, "reward").to(ctx.device), getattr(body, "backbone", body)
     critic.backbone.load_state_dict({k: v for k, v in body.state_dict().items() if k != "output.weight"})
     torch.nn.init.zeros_(critic.v_head.weight)
@@ -302,7 +304,7 @@ def load_models(cfg, ctx):
         raise UserError("--group 1: GRPO compares the answers to one prompt with each other; give it at least 2")
     if cfg.algorithm == "grpo" and cfg.target_kl:
         raise UserError("--target_kl adapts the beta of PPO's rewards; GRPO has its leash in the loss, at a constant --beta")
-    actor, tok, _ = checkpoint.load(cfg.init_from, ctx.device, expect="chat")
+    actor, tok, _ = checkpoint.load(cfg.init_from, ctx.device, expect="chat", plain=True)
     T, context = cfg.max_seq_len or actor.args.max_seq_len, actor.args.max_seq_len
     if T > context or cfg.max_new_tokens >= T:
         raise UserError(f"--max_seq_len {T} with --max_new_tokens {cfg.max_new_tokens}: the model's context is {context}, and a prompt needs room, too")

@@ -19,6 +19,7 @@ import regex          # comes with tiktoken; Python's own `re` knows no \p{Han}
 import tiktoken
 
 from nanollm.config import UserError
+from nanollm.foreign_tokenizers import CHAT_TEMPLATE, chat_template  # noqa: F401 (written there, looked for here)
 from nanollm.foreign_tokenizers import build_hf, build_sentencepiece, build_tiktoken, no_surrogates, sentencepiece_spec, tiktoken_spec
 
 FORMAT, VERSION = "nanollm-tokenizer", 1
@@ -108,7 +109,7 @@ class Tokenizer:
         size = len(self.pieces)
         for name in [name for name in CONTROL if name not in known]:
             self.control[name], size = size, size + 1
-        self.vocab_size = -(-size // MULTIPLE) * MULTIPLE
+        self.vocab_size = max(-(-size // MULTIPLE) * MULTIPLE, spec.get("vocab_size", 0))         # an imported model may have more rows
         self.control |= {f"<|reserved_{k}|>": size + k for k in range(self.vocab_size - size)}
         self.pieces += [b""] * (self.vocab_size - len(self.pieces))
         self.eos_id, self.im_start_id, self.im_end_id, self.pad_id = (self.control[name] for name in CONTROL)
@@ -273,24 +274,6 @@ def render(tok, messages, add_generation_prompt=False):
     if add_generation_prompt:
         add(frame(tok, "assistant")[0], False)
     return ids, mask
-
-
-# The same templates for Hugging Face. The line end is an expression, since its Jinja drops one after a block tag.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-BOS_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ '<|im_start|>' }}"
-    "{% generation %}{{ message['content'] + '<|endoftext|>' }}{% endgeneration %}"
-    "{% else %}{{ message['content'] }}{% if message['role'] == 'system' %}{{ '\n' }}{% endif %}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}")
-
-
-def chat_template(tok):
-    """The tokenizer's template in Jinja, for export."""
-    return {"chatml": CHAT_TEMPLATE, "bos": BOS_TEMPLATE, "raw": BOS_TEMPLATE.replace("{{ '<|im_start|>' }}", "")}[tok.template]
 
 
 class StreamDecoder:

@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from bench import ddp, dpo, parallel, precision, road, rollout, sft, step, time_to_loss
+from bench import ddp, dpo, generate, parallel, precision, road, rollout, sft, step, time_to_loss
 from conftest import ROOT, chats, flags, options, pairs, run_ranks, stories, tiny_lm, tiny_tokenizer, write_jsonl
 from learn.experiments import architectures, curriculum, distillation, leash, long_context
 from nanollm import checkpoint, config, dist, evaluation
@@ -168,6 +168,17 @@ def test_the_rollout_benchmark_compares_the_same_model(tmp_path):
     rollout.main(cfg)
     found = read(tmp_path / "rollout.json")
     assert STAMP <= found.keys() and found["results"]["32x1"]["greedy_tokens_equal"] == 1 and found["results"]["32x1"]["ratio"] > 0
+
+
+def test_the_generation_benchmark_compares_the_same_model(tmp_path, monkeypatch, capsys):
+    """A line for each shape and batch; the limit counts a tied matrix and each key and value once."""
+    monkeypatch.setattr(generate, "bandwidth", lambda: 1e9)
+    cfg = generate.Config(shapes=["64x1:1"], batches=["1", "3"], prompt_tokens=6, new_tokens=4, rounds=1, threads=1, out=str(tmp_path / "generate.json"))
+    generate.main(cfg)
+    found = read(tmp_path / "generate.json")
+    assert STAMP <= found.keys() and [r["tokens_equal"] for r in found["results"]] == [1, 1] and capsys.readouterr().out.count("| 64x1:1 |") == 2
+    for r in found["results"]:
+        assert r["limit_ms"] == pytest.approx(1e3 * 4 * (r["parameters"] + 2 * r["batch"] * 8 * 32) / 1e9)
 
 
 def test_the_experiment_without_a_leash(world, tmp_path):

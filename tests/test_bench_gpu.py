@@ -96,6 +96,7 @@ def test_attention_is_called_so_that_cuda_s_flash_kernel_can_take_it():
     tokens = torch.zeros(2, 8, dtype=torch.long)
     with Watch(), dist.autocast(torch.device("cpu"), torch.bfloat16):
         model(tokens)
+        model.by_runs = False                                # as on a GPU
         model(tokens, segments=torch.ones_like(tokens))
     whole, packed = seen[0], seen[-1]
     assert whole == ([torch.float32] * 3, True, True) and packed[1:] == (False, False)

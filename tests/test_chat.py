@@ -1,11 +1,16 @@
 """The chat in the terminal: history, commands, interruption, one-shot prompts."""
+import json
+
 import pytest
 import torch
 from conftest import SHAPE, tiny_lm, tiny_tokenizer
 
 import chat
 from nanollm import checkpoint
+from nanollm.beam import beam_search
 from nanollm.config import UserError
+from nanollm.data import to_messages
+from nanollm.generate import Step, generate
 from nanollm.model import ModelArgs, RewardModel
 from nanollm.tokenizer import render
 
@@ -20,7 +25,7 @@ def runs(tmp_path_factory):
 
 
 def config(runs, stage="sft", **kw):
-    return chat.Config(init_from=str(runs / stage), device="cpu", max_new_tokens=8, **kw)
+    return chat.Config(init_from=[str(runs / stage)], device="cpu", **{"max_new_tokens": 8, **kw})
 
 
 def typed(monkeypatch, *lines):
@@ -82,7 +87,7 @@ def test_the_streamed_answer_equals_the_decoded_ids(runs, capsys):
     model, tok, _ = checkpoint.load(runs / "sft")
     talk = chat.Chat(model, tok, config(runs, temperature=0.0), completion=False)
     reply = talk.answer("你好")
-    ids = list(chat.generate(model, render(tok, [{"role": "user", "content": "你好"}], True)[0], 8, stop_ids=tok.stop_ids,
+    ids = list(generate(model, render(tok, [{"role": "user", "content": "你好"}], True)[0], 8, stop_ids=tok.stop_ids,
                              temperature=0.0, repetition_penalty=talk.cfg.repetition_penalty))
     assert reply == tok.decode(ids) and capsys.readouterr().out == reply + "\n"
 
@@ -92,7 +97,7 @@ def test_a_pretrained_checkpoint_completes_and_says_so(runs, capsys):
     chat.main(config(runs, "pretrain", prompt=["Anna has"], temperature=0.0))
     out = capsys.readouterr().out
     model, tok, _ = checkpoint.load(runs / "pretrain")
-    ids = list(chat.generate(model, [tok.eos_id] + tok.encode("Anna has"), 8, stop_ids=tok.stop_ids, temperature=0.0,
+    ids = list(generate(model, [tok.eos_id] + tok.encode("Anna has"), 8, stop_ids=tok.stop_ids, temperature=0.0,
                              repetition_penalty=chat.Config().repetition_penalty))
     assert "only pretrained" in out and out.endswith(tok.decode(ids) + "\n")
 
@@ -115,9 +120,9 @@ def test_ctrl_c_ends_the_answer_and_keeps_what_was_said(runs, capsys, monkeypatc
     model, tok, _ = checkpoint.load(runs / "sft")
 
     def interrupted(*args, **kwargs):
-        yield from tok.encode("So far")
+        yield from (Step(token, 0.0, []) for token in tok.encode("So far"))
         raise KeyboardInterrupt
-    monkeypatch.setattr(chat, "generate", interrupted)
+    monkeypatch.setattr(chat, "steps", interrupted)
     talk = chat.Chat(model, tok, config(runs), completion=False)
     assert talk.answer("Hi") == "So far" and "[interrupted]" in capsys.readouterr().out
     assert [m["content"] for m in talk.messages] == ["Hi", "So far"]
@@ -136,6 +141,89 @@ def test_a_reward_model_and_senseless_settings_are_refused(runs):
     """One sentence each, before anything is loaded or said."""
     with pytest.raises(UserError, match="reward model"):
         chat.main(config(runs, "rm"))
-    for kw in (dict(temperature=-1.0), dict(top_p=0.0), dict(top_k=-1), dict(repetition_penalty=0.0)):
+    for kw in (dict(temperature=-1.0), dict(top_p=0.0), dict(top_k=-1), dict(repetition_penalty=0.0), dict(length_penalty=2.0)):
         with pytest.raises(UserError, match=next(iter(kw))):
             chat.main(config(runs, **kw))
+    with pytest.raises(UserError, match="--serve takes no --prompt, --system, --seed"):
+        chat.main(config(runs, serve=True, prompt=["Hi"], system="Be brief.", seed=1))
+    with pytest.raises(UserError, match="several are compared with --serve"):
+        chat.main(chat.Config(init_from=[str(runs / "sft"), str(runs / "pretrain")]))
+
+
+def test_regenerate_answers_the_last_question_again(runs, capsys, monkeypatch):
+    """The same question, a new draw, no trace of the old answer; with nothing asked yet, a word and no crash."""
+    model, tok, _ = checkpoint.load(runs / "sft")
+    talk = chat.Chat(model, tok, config(runs, temperature=1.0, max_new_tokens=20), completion=False)
+    talk.regenerate()
+    assert "no answer yet" in capsys.readouterr().out
+    first = talk.answer("Hi")
+    talk.regenerate()
+    assert [m["role"] for m in talk.messages] == ["user", "assistant"]
+    assert talk.messages[0]["content"] == "Hi" and talk.messages[1]["content"] != first
+
+
+def test_a_saved_conversation_is_a_training_row_and_can_be_loaded(runs, capsys, monkeypatch, tmp_path):
+    """/save appends a row that the trainers read; /load goes on with it; a file that is none is told of, not crashed on."""
+    file = str(tmp_path / "talk.jsonl")
+    monkeypatch.setattr(chat.Chat, "answer", lambda self, text: self.messages.extend([{"role": "user", "content": text}, {"role": "assistant", "content": "A " + text}]))
+    typed(monkeypatch, "one", f"/save {file}", "two", f"/save {file}")
+    chat.main(config(runs))
+    rows = [json.loads(line) for line in open(file, encoding="utf-8")]
+    assert [len(to_messages(row)) for row in rows] == [2, 4]
+    (tmp_path / "no.jsonl").write_text("[1]", encoding="utf-8")
+    typed(monkeypatch, f"/load {file}", f"/save {file}", f"/load {tmp_path / 'no.jsonl'}", f"/load {tmp_path / 'absent'}", f"/save {tmp_path}", "/save", "/nonsense")
+    capsys.readouterr()
+    chat.main(config(runs))
+    out = capsys.readouterr().out
+    assert "assistant: A two" in out and json.loads(open(file, encoding="utf-8").readlines()[-1]) == rows[-1]
+    assert all(f"[/{what}" in out for what in ("load", "save")) and out.count("/regenerate answers again") == 2
+
+
+def test_probs_shows_for_each_token_what_else_was_likely(runs, capsys, monkeypatch):
+    """One block a token, the taken one marked; the same after every answer with --show_probs."""
+    typed(monkeypatch, "/probs", "Hi", "/probs")
+    chat.main(config(runs, temperature=0.0))
+    once = capsys.readouterr().out
+    chat.main(config(runs, temperature=0.0, prompt=["Hi"], show_probs=True))
+    shown = capsys.readouterr().out
+    assert "no token has been sampled yet" in once and 1 <= shown.count("->") <= 8 and once.count("->") == shown.count("->")
+
+
+def test_a_file_may_hold_line_separators_and_has_no_probabilities(runs, capsys, monkeypatch, tmp_path):
+    """U+2028 and U+0085 in an answer come back from /save and /load; /probs then has nothing to show of the conversation before."""
+    talk = chat.Chat(*checkpoint.load(runs / "sft")[:2], config(runs, temperature=0.0), completion=False)
+    talk.answer("Hi")
+    talk.messages[-1]["content"], file = "one\u2028two\u0085three", str(tmp_path / "talk.jsonl")
+    for command in (f"/save {file}", "/reset", f"/load {file}"):
+        talk.command(command)
+    assert talk.messages[-1]["content"] == "one\u2028two\u0085three"
+    talk.answer("Hi")
+    talk.command(f"/load {file}")
+    capsys.readouterr()
+    talk.show_probs()
+    assert "no token has been sampled yet" in capsys.readouterr().out
+
+
+def test_beams_show_the_likeliest_answer_that_is_found(runs, capsys):
+    """--beams 3 prints what beam_search returns first, cut at a stop string."""
+    model, tok, _ = checkpoint.load(runs / "sft")
+    best = tok.decode(beam_search(model, render(tok, [{"role": "user", "content": "Hi"}], True)[0], 8, 3, 2.0, tok.stop_ids, 1.05)[0][0])
+    assert best and chat.Chat(model, tok, config(runs, beams=3, length_penalty=2.0), completion=False).answer("Hi") == best
+    assert chat.Chat(model, tok, config(runs, beams=3, length_penalty=2.0, stop=[best[2:4]]), completion=False).answer("Hi") == best[: best.index(best[2:4])]
+
+
+def test_stop_strings_end_an_answer_and_are_not_shown(runs, capsys):
+    """The answer is cut in front of the first one; without it the answer is longer."""
+    talk = chat.Chat(*checkpoint.load(runs / "sft")[:2], config(runs, temperature=0.0), completion=False)
+    whole = talk.answer("Hi")
+    talk = chat.Chat(*checkpoint.load(runs / "sft")[:2], config(runs, temperature=0.0, stop=[whole[2:4]]), completion=False)
+    assert talk.answer("Hi") == whole[: whole.index(whole[2:4])]
+
+
+def test_a_new_system_prompt_begins_a_new_conversation(runs, monkeypatch):
+    """/system TEXT stands first from then on; without a text there is none."""
+    seen = []
+    monkeypatch.setattr(chat.Chat, "answer", lambda self, text: seen.append([m["content"] for m in self.messages] + [text]))
+    typed(monkeypatch, "a", "/system Be brief.", "b", "/reset", "c", "/system", "d")
+    chat.main(config(runs, system="Old."))
+    assert seen == [["Old.", "a"], ["Be brief.", "b"], ["Be brief.", "c"], ["d"]]

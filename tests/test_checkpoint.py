@@ -212,7 +212,7 @@ def test_a_lora_checkpoint_loads_merged(tmp_path, tok):
     plain, _, meta = checkpoint.load(tmp_path)
     ids = torch.arange(20)[None]
     torch.testing.assert_close(plain(ids), model(ids), rtol=1e-5, atol=1e-5)
-    assert meta["lora"]["r"] == 4 and set(plain.state_dict()) == set(tiny_lm().state_dict())
+    assert meta["adapter"]["r"] == 4 and set(plain.state_dict()) == set(tiny_lm().state_dict())
     peft.inject_lora(plain, 2)
 
 

@@ -1,5 +1,7 @@
 """Evaluation: every number is held against one computed by hand or known in advance."""
+import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -7,13 +9,13 @@ import torch
 from conftest import SHAPE, pairs, stories, tiny_lm, tiny_tokenizer, write_jsonl
 
 import evaluate
-from nanollm import checkpoint, evaluation, report
+from nanollm import checkpoint, evaluation, report, scoreboard
 from nanollm import world as demo_world
 from nanollm.config import UserError
 from nanollm.corpus.pack import write_tokens
 from nanollm.data import PreferenceRows, TokenFile
 from nanollm.model import ModelArgs, RewardModel, Transformer
-from nanollm.tokenizer import render
+from nanollm.tokenizer import char_tokenizer, render
 
 HEAD = ",Question,A,B,C,D,Answer\n"
 
@@ -53,6 +55,40 @@ def test_bits_per_byte_of_a_uniform_model_are_equal_for_two_tokenizers():
     assert one["ppl"] == pytest.approx(257, rel=1e-4) and two["ppl"] == pytest.approx(257**2, rel=1e-4)
     assert one["bits_per_byte"] == pytest.approx(math.log2(257), rel=1e-5) == two["bits_per_byte"]
     assert one["bytes"] == two["bytes"] == 3 * len(raw)
+
+
+def test_domains_are_told_apart_on_the_same_documents_whatever_the_tokenizer(tmp_path, monkeypatch, capsys):
+    """Two tokenizers, other numbers of tokens, the same bytes, documents and hash of the texts; the whole is weighted by bytes;
+    NAME=PATH names a domain, a file is one by its name. A tokenizer that cannot write a text back is told; so are unreadable rows."""
+    write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in stories(6)])
+    write_jsonl(tmp_path / "zh.jsonl", [{"text": "今天天气很好。" * k} for k in (1, 2, 9)])
+    found = []
+    for tok in (tiny_tokenizer(257 + 63), char_tokenizer(sorted(set("".join(stories(6)))))):
+        cfg = evaluate.Config(data=[f"{tmp_path}/a.jsonl", f"chinese={tmp_path}/zh.jsonl"], max_rows=5, device="cpu")
+        found.append(evaluate.ppl(cfg, uniform_model(tok.vocab_size), tok))
+        numbers = found[-1]
+        parts = numbers["by_domain"]
+        assert {name: part["documents"] for name, part in parts.items()} == {"a": 5, "chinese": 3} and numbers["documents"] == 8
+        assert numbers["bits_per_byte"] == pytest.approx(sum(p["bits_per_byte"] * p["bytes"] for p in parts.values()) / numbers["bytes"])
+        assert parts["chinese"]["bytes"] == 21 * 12 and all(p["low"] <= p["bits_per_byte"] <= p["high"] for p in [numbers, *parts.values()])
+    one, two = found
+    assert one["data_hash"] == two["data_hash"] and one["bytes"] == two["bytes"] and one["tokens"] != two["tokens"]
+    assert one["lossy"] == two["lossy"] == 0
+    monkeypatch.setattr(tok, "decode", lambda ids: "?")
+    assert evaluate.ppl(cfg, uniform_model(tok.vocab_size), tok)["lossy"] == 8 and "cannot write back" in capsys.readouterr().out
+    write_jsonl(tmp_path / "some.jsonl", [{"text": text} for text in stories(60)] + [{"nothing": 1}] * 3)
+    assert evaluate.ppl(evaluate.Config(data=[str(tmp_path / "some.jsonl")], max_rows=2), uniform_model(tok.vocab_size), tok)["documents"] == 2
+    (tmp_path / "corpus").mkdir()
+    write_jsonl(tmp_path / "corpus" / "a.jsonl", [{"text": "read"}])
+    (tmp_path / "corpus" / "b.pdf").write_text("not read", encoding="utf-8")
+    assert list(evaluate.documents("--corpus", [str(tmp_path / "corpus")], {})) == [("a", "read")]
+    assert "b.pdf is not read: unknown extension" in capsys.readouterr().out
+    (tmp_path / "corpus" / "a.jsonl").unlink()
+    with pytest.raises(UserError, match="^--corpus: nothing to read in .*b.pdf"):
+        list(evaluate.documents("--corpus", [str(tmp_path / "corpus")], {}))
+    with pytest.raises(UserError, match="cannot be read"):
+        write_jsonl(tmp_path / "bad.jsonl", [{"nothing": 1}] * 3)
+        evaluate.ppl(evaluate.Config(data=[str(tmp_path / "bad.jsonl")]), uniform_model(tok.vocab_size), tok)
 
 
 def test_every_token_of_the_validation_file_is_predicted_once(world, tok):
@@ -103,61 +139,6 @@ def test_a_foreign_corpus_has_no_floor(tok):
     """Texts that the world cannot parse are refused, not scored against a floor of zero."""
     with pytest.raises(UserError, match="parsed"):
         evaluation.loss_by_kind(tiny_lm(), tok, ["some text"], lambda text: None)
-
-
-def test_multiple_choice_scores_equal_hand_computed_log_likelihoods(tok):
-    """Letters: log p(letter after the prompt that the output shows). Text: log p(option) / its bytes. In chat: the option
-    right behind the generation prompt. Chinese and English questions have their own words."""
-    model = tiny_lm(max_seq_len=256)
-    zh = {"question": "天空是什么颜色？", "options": ["红", "蓝色"], "answer": 1, "subject": "colour"}
-    en = {"question": "The sky is", "options": ["red", "blue and wide"], "answer": 1, "subject": "colour"}
-    for q, prompt, gap in ((zh, "以下是关于colour的单项选择题，请直接给出正确答案的选项。\n\n题目：天空是什么颜色？\nA. 红\nB. 蓝色\n答案是：", ""),
-                           (en, "The following are multiple choice questions (with answers) about colour.\n\nQuestion: The sky is\n"
-                                "A. red\nB. blue and wide\nAnswer:", " ")):
-        result = evaluation.multiple_choice(model, tok, [q])
-        assert result["prompt"] == prompt
-        want = [-by_hand(model, tok.encode(prompt), tok.encode(gap + c)).sum().item() for c in "AB"]
-        assert result["scores"][0] == pytest.approx(want, rel=1e-4)
-        assert result["accuracy"] == float(want[1] > want[0])
-    result = evaluation.multiple_choice(model, tok, [en], score="text", chat=True)
-    context = render(tok, [{"role": "user", "content": "The sky is"}], add_generation_prompt=True)[0]
-    want = [-by_hand(model, context, tok.encode(o)).sum().item() / len(o) for o in en["options"]]
-    assert result["scores"][0] == pytest.approx(want, rel=1e-4)
-
-
-def test_shots_are_dropped_until_the_question_fits_into_the_context(tok):
-    """Solved examples of the same subject only, as many as fit; a question that is too long alone loses its beginning and
-    is counted."""
-    question = {"question": "Which one?", "options": ["x", "y", "z", "w"], "answer": 0, "subject": "s"}
-    shots = [question | {"question": "Foreign?", "subject": "t"}] + [question | {"question": f"Solved {i}?", "answer": 2} for i in range(7)]
-    prompts = [evaluation.multiple_choice(tiny_lm(max_seq_len=n), tok, [question], shots) for n in (2048, 200, 40)]
-    counts = [p["prompt"].count("Solved") for p in prompts]
-    assert counts[0] == 5 and 0 < counts[1] < 5 and counts[2] == 0 and "Foreign" not in prompts[0]["prompt"]
-    assert prompts[0]["prompt"].count("Answer: C\n\n") == 5 and prompts[0]["prompt"].endswith("Answer:")
-    assert [p["truncated"] for p in prompts] == [0, 0, 1] and prompts[2]["prompt"].endswith("Answer:")
-
-
-def test_an_untrained_model_is_near_chance_and_two_runs_agree(tok):
-    """400 questions with random answers: within three standard errors of 1/4, and nothing random in the scoring."""
-    g = torch.Generator().manual_seed(0)
-    questions = [{"question": f"Number {i}?", "options": ["one", "two", "six", "ten"], "subject": "n",
-                  "answer": int(torch.randint(4, (), generator=g))} for i in range(400)]
-    first, again = (evaluation.multiple_choice(tiny_lm(max_seq_len=128), tok, questions) for _ in range(2))
-    assert first == again and first["chance"] == 0.25
-    assert first["stderr"] == pytest.approx(math.sqrt(first["accuracy"] * (1 - first["accuracy"]) / 400))
-    assert abs(first["accuracy"] - 0.25) < 3 * math.sqrt(0.25 * 0.75 / 400)
-
-
-def test_cmmlu_and_mmlu_files_are_read_and_broken_ones_named(tmp_path):
-    """With CMMLU's header and with MMLU's bare rows; a row without a right letter is one sentence with file and row."""
-    (tmp_path / "a_b.csv").write_text(HEAD + '0,"One, or two?",1,2,3,4,B\n', encoding="utf-8")
-    (tmp_path / "c.csv").write_text("Two?,1,2,3,4,D\n", encoding="utf-8")
-    questions = evaluation.read_choices(tmp_path)
-    assert [(q["question"], q["answer"], q["subject"]) for q in questions] == [("One, or two?", 1, "a b"), ("Two?", 3, "c")]
-    for text in (HEAD + "0,Q,1,2,3,4,E\n", HEAD + "0,Q,1\n", HEAD, ""):
-        (tmp_path / "bad.csv").write_text(text, encoding="utf-8")
-        with pytest.raises(UserError, match="bad.csv"):
-            evaluation.read_choices(tmp_path / "bad.csv")
 
 
 def test_win_rate_counts_a_tie_as_half():
@@ -231,17 +212,120 @@ def test_evaluate_prints_a_table_for_each_task_and_writes_eval_json(runs, world,
     for task, run, data, shows in (("ppl", "pretrain", world / "tokens", "bits_per_byte"), ("ppl", "sft", runs / "texts.jsonl", "ppl"),
                                    ("mc", "pretrain", runs / "mc", "dev 0?"), ("chat", "sft", runs / "chats.jsonl", "stop_rate"),
                                    ("rm", "rm", runs / "pairs.jsonl", "margin")):
-        evaluate.main(evaluate.Config(task=task, init_from=str(runs / run), data=str(data), out=str(tmp_path / task), max_new_tokens=8, device="cpu"))
+        evaluate.main(evaluate.Config(task=task, init_from=str(runs / run), data=[str(data)], out=str(tmp_path / task), max_new_tokens=8, device="cpu"))
         assert shows in capsys.readouterr().out
         assert (tmp_path / task / "eval.json").exists()
+
+
+def test_two_checkpoints_are_judged_by_a_rule_and_by_a_reward_model(runs, tok, tmp_path, monkeypatch):
+    """The rule sees row and answer: the win rate is that of the answers, a tie half a win, prompts that do not fit both contexts left
+    out; against itself a greedy model stands at 0.5; a reward model is the other judge; a missing judge is refused."""
+    (tmp_path / "rule.py").write_text("def richer(row, text):\n    return len(set(text)) + row.get('bonus', 0)\n", encoding="utf-8")
+    checkpoint.save(tmp_path / "other", 1, tiny_lm(9, max_seq_len=96), tok, "sft", None)
+    monkeypatch.setattr(checkpoint, "knows_chat", lambda model, tokenizer: True)                       # tiny models have learnt nothing
+    rows = [{"prompt": f"Say {'more ' * (i % 7)}{i}", "answer": "yes"} for i in range(20)] + [{"prompt": "long " * 60, "answer": "no"}]
+    write_jsonl(tmp_path / "prompts.jsonl", rows)
+    def measure(**kw):
+        cfg = evaluate.Config(task="win", init_from=str(runs / "sft"), data=[str(tmp_path / "prompts.jsonl")], max_new_tokens=16, device="cpu",
+                              max_bad=1, out=str(tmp_path / "out"), **kw)
+        evaluate.main(cfg)
+        return json.loads((tmp_path / "out" / "eval.json").read_text(encoding="utf-8"))[f"win/prompts.jsonl against {Path(kw['against']).name}"]
+    found = measure(against=str(tmp_path / "other"), judge=f"{tmp_path}/rule.py:richer")
+    model, other = (checkpoint.load(path)[0] for path in (runs / "sft", tmp_path / "other"))
+    texts = [[text for text, _ in evaluation.answers(m, tok, [[{"role": "user", "content": r["prompt"]}] for r in rows[:20]], 16)] for m in (model, other)]
+    assert found["n"] == 20 and found["win_rate"] == evaluation.win_rate(*[[len(set(t)) for t in side] for side in texts]) != 0.5
+    assert found["low"] <= found["win_rate"] <= found["high"] and found["mean_score"] == pytest.approx(sum(len(set(t)) for t in texts[0]) / 20)
+    itself = measure(against=str(runs / "sft"), judge=f"{tmp_path}/rule.py:richer")
+    assert itself["win_rate"] == 0.5 and itself["ties"] == 1
+    judge = RewardModel(ModelArgs(**{**SHAPE, "vocab_size": tok.vocab_size, "max_seq_len": 128}))
+    checkpoint.save(tmp_path / "judge", 1, judge, tok, "rm", None)
+    assert measure(against=str(tmp_path / "other"), judge=str(tmp_path / "judge"))["mean_score"] != found["mean_score"]
+    with pytest.raises(UserError, match="--judge"):
+        measure(against=str(tmp_path / "other"), judge="")
+
+
+def test_runs_stand_side_by_side_as_a_table_and_a_picture(runs, tmp_path, capsys):
+    """Each task and data set keeps its place in eval.json; --compare shows the numbers with their intervals, stars what is better beyond
+    them, says when the texts were different, and draws; a directory without eval.json is one sentence."""
+    write_jsonl(tmp_path / "texts.jsonl", [{"text": t} for t in stories(9)])
+    for name, run, texts in (("a", "pretrain", runs / "texts.jsonl"), ("b", "sft", tmp_path / "texts.jsonl")):
+        for task, data in (("ppl", texts), ("mc", runs / "mc")):
+            evaluate.main(evaluate.Config(task=task, init_from=str(runs / run), data=[str(data)], out=str(tmp_path / name), device="cpu"))
+        assert set(json.loads((tmp_path / name / "eval.json").read_text(encoding="utf-8"))) == {"ppl/texts.jsonl", "mc/mc"}
+    capsys.readouterr()
+    evaluate.main(evaluate.Config(compare=[str(tmp_path / "a"), str(tmp_path / "b")], out=str(tmp_path / "out")))
+    shown = capsys.readouterr().out
+    assert "ppl/texts.jsonl was measured on different texts" in shown and "mc/mc acc" in shown
+    assert (tmp_path / "out" / "compare.png").read_bytes()[:4] == b"\x89PNG"
+    def row(*intervals):
+        return {str(i): {"ppl": {"bits_per_byte": (a + b) / 2, "low": a, "high": b}, "mc": {"acc": (a + b) / 2, "low": a, "high": b, "chance": 0.25}}
+                for i, (a, b) in enumerate(intervals)}
+    for runs_, best in ((row((0.1, 0.2), (0.3, 0.4)), {"ppl bits_per_byte": "0", "mc acc": "1"}), (row((0.1, 0.35), (0.3, 0.4)), {})):
+        rows = scoreboard.compare(runs_)
+        assert {label: name for label, line in rows.items() for name, x in line.items() if x["best"]} == best
+        assert len(list(scoreboard.lines(rows, runs_))) == 3
+    equal = {"a": {"ppl": {"bits_per_byte": 1.0, "low": 1.0, "high": 1.0}}, "b": {"ppl": {"bits_per_byte": 2.0, "low": 2.0, "high": 2.0}}}
+    assert not any(x["best"] for x in scoreboard.compare(equal)["ppl bits_per_byte"].values())             # one document each
+    assert [*scoreboard.headlines({"ppl/x": {"ppl": 2.0, "bits_per_byte": 1.0, "by_domain": {"w": 3}}})] == ["ppl/x bits_per_byte"]
+    for names, says in ((["nowhere"], "there is no"), (["a", "b", "a"], "named twice")):
+        with pytest.raises(UserError, match=says):
+            evaluate.main(evaluate.Config(compare=[str(tmp_path / name) for name in names]))
+
+
+def test_each_number_stands_beside_its_own_interval_and_is_marked_where_that_holds_chance(capsys):
+    """acc is beyond chance, acc_norm is not, in all and in each subject; a whole table and a single line say so alike."""
+    numbers = {"acc": 0.35, "low": 0.31, "high": 0.39, "n": 400, "acc_norm": 0.26, "norm_low": 0.22, "norm_high": 0.3, "chance": 0.25}
+    scoreboard.show(numbers | {"by_subject": {"law": numbers}})
+    shown = capsys.readouterr().out
+    assert shown.count("0.3500 [0.3100, 0.3900]") == shown.count("0.2600 [0.2200, 0.3000]  = chance") == shown.count("= chance") == 2
+
+
+def test_a_place_in_eval_json_is_not_given_to_other_data_silently(runs, world, tmp_path, capsys):
+    """Texts and the token files made of them have one hash, other rows another; the same name with another hash is told, the same data
+    again is not; every task has a hash."""
+    def measure(task, run, data, **kw):
+        evaluate.main(evaluate.Config(task=task, init_from=str(runs / run), data=[str(data)], out=str(tmp_path), max_new_tokens=4, device="cpu", **kw))
+        return json.loads((tmp_path / "eval.json").read_text(encoding="utf-8")), "is replaced" in capsys.readouterr().out
+    for task, run, data in (("ppl", "sft", "texts.jsonl"), ("mc", "pretrain", "mc"), ("chat", "sft", "chats.jsonl"), ("rm", "rm", "pairs.jsonl")):
+        found = [measure(task, run, runs / data), measure(task, run, runs / data), measure(task, run, runs / data, max_rows=1)]
+        hashes = [table[f"{task}/{data}"]["data_hash"] for table, _ in found]
+        assert hashes[0] == hashes[1] != hashes[2] and [told for _, told in found] == [False, False, True]
+    table, _ = measure("ppl", "pretrain", world / "tokens")
+    data = TokenFile(world / "tokens", "val", 512, "documents")
+    ends = data.ends[:].tolist()
+    texts = [tiny_tokenizer().decode(data.tokens[a:b].tolist()) for a, b in zip([0, *ends], ends)]
+    assert table["ppl/tokens"]["data_hash"] == scoreboard.fingerprint(texts)
+
+
+def test_a_chat_row_that_is_longer_than_the_context_is_counted(runs, tmp_path, capsys):
+    """One prompt loses its beginning, and two rows a part of their loss: the context of the model has 128 tokens."""
+    rows = [{"prompt": "Hi", "answer": "Yes."}, {"prompt": "Hi", "answer": "yes " * 200}, {"prompt": "why " * 200, "answer": "No."}]
+    write_jsonl(tmp_path / "long.jsonl", rows)
+    evaluate.main(evaluate.Config(task="chat", init_from=str(runs / "sft"), data=[str(tmp_path / "long.jsonl")], out=str(tmp_path), max_new_tokens=4,
+                                  device="cpu"))
+    found = json.loads((tmp_path / "eval.json").read_text(encoding="utf-8"))["chat/long.jsonl"]
+    assert (found["n"], found["cut"], found["cut_in_loss"]) == (3, 1, 2) and "1 of 3 prompts lost their beginning" in capsys.readouterr().out
+
+
+def test_token_files_are_measured_alone_and_solved_examples_shown_in_the_plain_template(runs, world):
+    """What would be left out of the measurement is refused: other data beside token files, a name for them, a number of their rows,
+    token files as the text to look in, solved examples in a chat."""
+    tokens, texts = str(world / "tokens"), str(runs / "texts.jsonl")
+    for says, kw in [*[("holds token files", dict(data=data)) for data in ([tokens, texts], [texts, tokens], [tokens, tokens], [f"wiki={tokens}"])],
+                     ("--corpus .* holds token files", dict(task="mc", data=[str(runs / "mc")], corpus=[tokens])),
+                     ("take --max_tokens", dict(data=[tokens], max_rows=3)),
+                     ("shows no solved examples", dict(task="mc", data=[str(runs / "mc")], shots=str(runs / "mc" / "dev"), template="chat"))]:
+        with pytest.raises(UserError, match=says):
+            evaluate.main(evaluate.Config(**{"task": "ppl", "init_from": str(runs / "pretrain"), "device": "cpu"} | kw))
 
 
 def test_evaluate_refuses_in_one_sentence_what_it_cannot_measure(runs):
     """The wrong head, a missing file, an unknown task, scoring or template."""
     for kw in (dict(task="ppl", init_from="rm", data="texts.jsonl"), dict(task="rm", init_from="sft", data="pairs.jsonl"),
-               dict(task="mc", init_from="sft", data="gone"), dict(task="nonsense"), dict(task="ppl", data="texts.jsonl"),
+               dict(task="mc", init_from="sft", data="gone"), dict(task="ppl", init_from="sft", data="gone"), dict(task="win", init_from="sft", data="pairs.jsonl"), dict(task="nonsense"), dict(task="ppl", data="texts.jsonl"),
                dict(task="mc", init_from="sft", data="mc", score="nonsense"), dict(task="mc", init_from="sft", data="mc", template="x")):
-        kw |= {k: str(runs / kw[k]) for k in ("init_from", "data") if k in kw}
+        kw |= {"init_from": str(runs / kw["init_from"])} if "init_from" in kw else {}
+        kw |= {"data": [str(runs / kw["data"])]} if "data" in kw else {}
         with pytest.raises(UserError):
             evaluate.main(evaluate.Config(**kw, device="cpu"))
 

@@ -1,10 +1,17 @@
-"""Sampling: the cache, the batch and every option against the slow and obvious way."""
+"""Sampling and beam search: the cache, the batch and every option against the slow and obvious way."""
+import itertools
+import random
+
 import pytest
 import torch
 
-from conftest import tiny_lm
-from nanollm.generate import generate, generate_batch, sample
+from conftest import SHAPE, tiny_lm
+from nanollm import peft
+from nanollm.beam import beam_search
+from nanollm.decode import Decoder, RoomyCache
+from nanollm.generate import Step, StopStrings, generate, generate_batch, sample, show_step, steps
 from nanollm.model import ModelArgs, Transformer
+from nanollm.variants import build
 
 PROMPT = [5, 9, 2, 31, 7]
 PROMPTS = [[5, 9, 2], [11], [7, 7, 40, 3, 1, 8, 22], [60, 61]]
@@ -136,3 +143,176 @@ def test_a_long_prompt_does_not_shorten_the_answers_beside_it():
     together, _ = generate_batch(model, [short, long], 16, pad_id=0, temperature=0)
     alone, _ = generate_batch(model, [short], 16, pad_id=0, temperature=0)
     assert together[0] == alone[0] and len(together[0]) == 16 and len(together[1]) == 3
+
+
+def test_min_p_keeps_what_is_not_much_less_likely_than_the_likeliest():
+    """min_p 0.3 of a likeliest 0.5: all from 0.15 on. In a flat distribution the same number keeps everything."""
+    logits = torch.tensor([0.05, 0.5, 0.16, 0.29]).log().tolist()
+    assert (frequencies(logits, min_p=0.3) > 0).tolist() == [False, True, True, True]
+    assert frequencies(logits, min_p=1.0).tolist() == [0, 1, 0, 0]
+    assert (frequencies([0.0] * 4, min_p=0.3) > 0).all()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_no_n_tokens_come_twice(model, n):
+    """Greedy repeats itself; forbidden to, it does not, prompt and all, alone and in a batch."""
+    def repeats(ids):
+        grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+        return len(set(grams)) < len(grams)
+    prompts = [list(dict.fromkeys(p)) for p in PROMPTS]      # that do not repeat themselves
+    free = [p + list(generate(model, p, 40, temperature=0)) for p in prompts]
+    kept = [p + list(generate(model, p, 40, temperature=0, no_repeat_ngram=n)) for p in prompts]
+    assert all(map(repeats, free)) and not any(map(repeats, kept))
+    assert [p + a for p, a in zip(prompts, generate_batch(model, prompts, 40, 63, temperature=0, no_repeat_ngram=n)[0])] == kept
+
+
+# ---- a step, seen from inside ------------------------------------------------------------------------------------
+
+
+def test_a_step_tells_the_models_own_probabilities(model):
+    """At temperature 1 and before any filter, whatever was asked of the sampling; the likeliest first."""
+    text = list(PROMPT)
+    for step in steps(model, PROMPT, 12, top=3, temperature=0.5, top_k=2, repetition_penalty=1.5, generator=torch.Generator().manual_seed(0)):
+        with torch.no_grad():
+            probs = model(torch.tensor([text]))[0, -1].softmax(-1)
+        assert step.logprob == pytest.approx(probs[step.token].log().item(), abs=1e-4)
+        assert [token for token, _ in step.top] == probs.topk(3).indices.tolist()
+        assert [p for _, p in step.top] == pytest.approx(probs.topk(3).values.tolist(), abs=1e-4)
+        text.append(step.token)
+    assert len(text) == len(PROMPT) + 12 and next(steps(model, PROMPT, 1)).top == []
+
+
+def test_a_step_is_shown_beside_what_it_might_have_been():
+    """An arrow at the token taken, at the end if it was none of the likeliest."""
+    decode = lambda ids: "".join("ab\ncd"[i] for i in ids)
+    lines = show_step(Step(1, -1.2, [(0, 0.5), (1, 0.301), (2, 0.1)]), decode, width=10).split("\n")
+    assert lines == ["    50.0% #####      'a'", "->  30.1% ###        'b'", "    10.0% #          '\\n'"]
+    assert show_step(Step(4, -4.0, [(0, 0.9)]), decode, width=10).split("\n")[1] == "->   1.8%            'd'"
+
+
+def test_a_stream_that_is_left_early_leaves_nothing_behind(model):
+    """A reader that walks away, as a browser does: gradients are on again, and the next text is the same as ever."""
+    stream = steps(model, PROMPT, 30, temperature=0)
+    first = [next(stream).token for _ in range(3)]
+    assert torch.is_grad_enabled()                           # also between two tokens
+    stream.close()
+    assert torch.is_grad_enabled() and first == slow_greedy(model, PROMPT, 3)
+    assert list(generate(model, PROMPT, 5, temperature=0)) == slow_greedy(model, PROMPT, 5)
+
+
+# ---- stop strings ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stops,text,shown", [
+    (["\n\n"], "one\ntwo\n\nthree", "one\ntwo"), (["END", "ENOUGH"], "the ENd, ENO, ENOUGH!", "the ENd, ENO, "), (["user:"], "I am a user", "I am a user"),
+    (["abcX", "bc"], "abcX", "a"), (["bc", "abc"], "zabc", "z"), (["aab"], "aaaab", "aa"), (["。好"], "你好。好", "你好"), ([], "all of it", "all of it"),
+    (["", "x"], "yx", "y")])
+def test_stop_strings_end_a_text_however_it_comes_in_pieces(stops, text, shown):
+    """Nothing of a stop string is ever shown, all before it is; the one that is complete first decides."""
+    rng = random.Random(0)
+    for _ in range(50):
+        cuts = sorted(rng.choices(range(len(text) + 1), k=rng.randrange(6)))
+        stop, out = StopStrings(stops), ""
+        for a, b in itertools.pairwise([0, *cuts, len(text)]):
+            out += stop.feed(text[a:b])
+            assert shown.startswith(out)
+        assert out + stop.flush() == shown and stop.done == (shown != text)
+
+
+def test_only_what_may_begin_a_stop_string_is_held_back():
+    """A stream should not stutter: each character is shown as soon as it cannot belong to a stop string."""
+    stop = StopStrings(["<|end|>"])
+    assert [stop.feed(c) for c in "a<b<|enx"] == ["a", "", "<b", "", "", "", "", "<|enx"] and stop.flush() == ""
+
+
+# ---- the cache ---------------------------------------------------------------------------------------------------
+
+
+def test_the_cache_is_allocated_once_and_holds_key_value_heads_only(model, monkeypatch):
+    """2 layers * 2 * 2 of the 4 heads * 8 numbers a place; 20 steps later the same memory, and no key was copied for a query head."""
+    caches, init = [], RoomyCache.__init__
+    monkeypatch.setattr(RoomyCache, "__init__", lambda self, room: (init(self, room), caches.append(self))[0])
+    stream = steps(model, PROMPT, 20, temperature=0)
+    next(stream)
+    at = [buffer.data_ptr() for pair in caches[0].kv.values() for buffer in pair]
+    assert sum(buffer.nbytes for pair in caches[0].kv.values() for buffer in pair) == 2 * 2 * 2 * 8 * (len(PROMPT) + 20) * 4
+    monkeypatch.setattr(torch.Tensor, "repeat_interleave", None)
+    assert len(list(stream)) == 19 and [buffer.data_ptr() for pair in caches[0].kv.values() for buffer in pair] == at
+
+
+# ---- one token in few calls --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [dict(n_kv_heads=4), dict(n_kv_heads=1, tie_embeddings=False),
+                                   dict(n_kv_heads=2, dim=512, multiple_of=512, vocab_size=600)], ids=str)
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_the_decoder_equals_the_model(shape, rows, ragged):
+    """Three tokens after a prompt, small and large matrices, in place and copied, with pads on the left and without: model.py's logits and keys."""
+    model = tiny_lm(**{"multiple_of": 16, **shape})
+    ids = torch.randint(0, 320, (3, 12), generator=torch.Generator().manual_seed(0))
+    segments = (torch.arange(9) >= torch.tensor([[0], [4], [7]])).long() if ragged else None
+    one, caches, logits = torch.ones(3, 1, dtype=torch.long) if ragged else None, [], []
+    with torch.no_grad():
+        for read in (Decoder(model, rows), lambda *a: model(*a, head=lambda h, output: output(h[:, -1]))):
+            caches.append(RoomyCache(12))
+            model(ids[:, :9], segments, caches[-1])
+            logits.append([read(ids[:, t : t + 1], one, caches[-1]) for t in (9, 10, 11)])
+    torch.testing.assert_close(torch.stack(logits[0]), torch.stack(logits[1]), atol=1e-4, rtol=1e-4)
+    for layer, buffers in caches[0].kv.items():
+        torch.testing.assert_close(buffers, caches[1].kv[layer], atol=1e-4, rtol=1e-4)
+    assert Decoder.suits(model) and caches[0].length == 12 and (not ragged or torch.equal(caches[0].segments, caches[1].segments))
+
+
+def test_what_is_not_the_plain_model_goes_through_the_model(model):
+    """Adapters, variants, hooks, half precision, dropout at work: the Decoder knows none of them, so it must leave them alone. Other
+    positions alone are only another table."""
+    longer = build(ModelArgs(**SHAPE, vocab_size=64, variants=["rope_scaling:kind=yarn,factor=4"])).eval()
+    assert Decoder.suits(model) and Decoder.suits(longer) and list(generate(longer, PROMPT, 20, temperature=0)) == slow_greedy(longer, PROMPT, 20)
+    adapted, hooked = tiny_lm(), tiny_lm()
+    peft.inject_lora(adapted, r=4)
+    torch.nn.init.normal_(adapted.layers[0].attention.wo.lora_B)
+    hooked.layers[0].feed_forward.register_forward_hook(lambda m, args, out: out * 0)
+    biased = tiny_lm()
+    biased.layers[0].attention.wq.bias = torch.nn.Parameter(torch.ones(32))
+    variant = build(ModelArgs(**SHAPE, vocab_size=64, variants=["qk_norm"])).eval()
+    for other in (adapted, hooked, biased, variant, tiny_lm().train(), tiny_lm().bfloat16(), tiny_lm(attention="naive")):
+        assert not Decoder.suits(other)
+    for other in (adapted, hooked, biased):
+        assert list(generate(other, PROMPT, 20, temperature=0)) == slow_greedy(other, PROMPT, 20)
+
+
+# ---- beam search -------------------------------------------------------------------------------------------------
+
+
+def test_beam_search_wide_enough_finds_the_likeliest_answer():
+    """3 tokens of a vocabulary of 8, all 512 texts compared; greedy, one beam, misses it in some prompts."""
+    torch.manual_seed(0)
+    model = Transformer(ModelArgs(dim=16, n_layers=1, n_heads=2, vocab_size=8, max_seq_len=16)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(8) if p.dim() > 1 else None
+        texts, greedy_misses = torch.cartesian_prod(*[torch.arange(8)] * 3), 0                # (512, 3)
+        for prompt in ([1], [2, 3], [7, 7], [4, 0, 6]):
+            ids = torch.cat((torch.tensor(prompt).expand(512, -1), texts), 1)
+            logps = model(ids[:, :-1]).log_softmax(-1)[:, len(prompt) - 1 :]
+            total = logps.gather(2, texts[..., None]).sum((1, 2))                             # (512,)
+            (best, score), *rest = beam_search(model, prompt, 3, 64, length_penalty=0.0)
+            assert best == texts[total.argmax()].tolist() and score == pytest.approx(total.max().item(), abs=1e-4)
+            assert [s for _, s in rest] == sorted((s for _, s in rest), reverse=True) and len(rest) == 63
+            greedy_misses += beam_search(model, prompt, 3, 1)[0][0] != best
+    assert greedy_misses
+
+
+def test_one_beam_is_greedy_and_the_context_ends_the_search(model):
+    room = model.args.max_seq_len
+    for prompt in PROMPTS:
+        assert beam_search(model, prompt, 15, 1)[0][0] == slow_greedy(model, prompt, 15)
+    assert all(len(ids) == room - len(PROMPT) for ids, _ in beam_search(model, PROMPT, 10_000, 2))
+
+
+def test_a_length_penalty_chooses_short_or_long_answers(model):
+    """Every token costs probability: 0 ends early, a high one late."""
+    stops = range(0, 320, 8)
+    mean = lambda penalty: sum(len(beam_search(model, p, 30, 4, penalty, stops)[0][0]) for p in PROMPTS)
+    assert mean(-2.0) <= mean(0.0) < mean(5.0)

@@ -1,6 +1,7 @@
 """export.py in both directions: what transformers computes from our files, what we compute from theirs."""
 import json
 import os
+import shutil
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,6 +21,7 @@ from nanollm.generate import generate
 from nanollm.hf import from_hf_config, from_hf_name, to_hf_config, to_hf_name
 from nanollm.model import ModelArgs, RewardModel, Transformer
 from nanollm.peft import inject_lora, lora_layers
+from nanollm.variants import build as build_variants
 
 TEXTS = ["The red cat sat on the mat, and the red cat said: 12 + 30 = 42!",
          "小明有三只红色的猫，猫在花园里。", "it's  two\n\n blanks\t🙂"] * 3
@@ -160,26 +162,32 @@ def test_a_lora_checkpoint_is_exported_merged_or_as_an_adapter(tok, tmp_path):
         assert (plain - want).abs().max() > 0.1
     torch.testing.assert_close(merged, want, atol=1e-5, rtol=0)
     torch.testing.assert_close(adapted, want, atol=1e-5, rtol=0)
-    with pytest.raises(UserError, match="trained without LoRA"):
+    with pytest.raises(UserError, match="trained without --peft"):
         run(init_from=tmp_path / "base", out=tmp_path / "x", adapter=True)
 
 
 def test_a_foreign_llama_gets_our_control_tokens(tok, tmp_path):
-    """A model whose tokenizer knows no chat: the four tokens are added behind, the old logits stay."""
+    """A model whose tokenizer knows no chat: the four tokens are added behind, the old logits stay. A model with fewer rows than the
+    tokenizer has tokens of text is another tokenizer's, and is refused."""
     torch.manual_seed(0)
+    table, old_ids = to_hf_json(tok), max(tok.merge_ids.values())
     theirs = LlamaForCausalLM(LlamaConfig(
-        vocab_size=280, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        vocab_size=old_ids + 1, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64)).eval()
     theirs.save_pretrained(tmp_path / "theirs")
-    table, old_ids = to_hf_json(tok), max(tok.merge_ids.values())
     (tmp_path / "theirs" / "tokenizer.json").write_text(json.dumps(table | {"added_tokens": []}), encoding="utf-8")
     run(from_hf=tmp_path / "theirs", out=tmp_path / "run")
     model, tok2, meta = checkpoint.load(tmp_path / "run")
-    assert meta["stage"] == "pretrain" and model.args.vocab_size == tok2.vocab_size > 280 and tok2.im_end_id > old_ids
-    ids = torch.randint(0, 280, (2, 9))
+    assert meta["stage"] == "pretrain" and model.args.vocab_size == tok2.vocab_size > old_ids + 1 and tok2.im_end_id > old_ids
+    ids = torch.randint(0, old_ids + 1, (2, 9))
     with torch.no_grad():
-        torch.testing.assert_close(model(ids)[..., :280], theirs(input_ids=ids).logits, atol=1e-5, rtol=0)
-        assert model(ids)[..., 280:].max() < model(ids)[..., :280].max()     # no newcomer stands out
+        old, new = model(ids).split([old_ids + 1, tok2.vocab_size - old_ids - 1], -1)
+        torch.testing.assert_close(old, theirs(input_ids=ids).logits, atol=1e-5, rtol=0)
+        assert new.max() < old.max()                                         # no newcomer stands out
+    theirs.resize_token_embeddings(old_ids - 4)
+    theirs.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(UserError, match="5 tokens of text lie beyond the model's vocabulary"):
+        run(from_hf=tmp_path / "theirs", out=tmp_path / "wrong")
 
 
 def test_names_map_one_to_one():
@@ -187,7 +195,9 @@ def test_names_map_one_to_one():
     names = [n.rpartition(".")[0] for n in Transformer(ModelArgs(n_layers=12, tie_embeddings=False)).state_dict()]
     assert [from_hf_name(to_hf_name(n)) for n in names] == names and len({to_hf_name(n) for n in names}) == len(names)
     assert to_hf_name("layers.11.feed_forward.w3") == "model.layers.11.mlp.up_proj"
-    for foreign in ("model.layers.0.self_attn.q_norm", "model.vision.0.proj", "score"):
+    names = [n.rpartition(".")[0] for n in build_variants(ModelArgs(variants=["qk_norm", "moe:n_experts=2"])).state_dict()]
+    assert [from_hf_name(to_hf_name(n)) for n in names] == names
+    for foreign in ("model.layers.0.self_attn.rotary", "model.vision.0.proj", "score"):
         with pytest.raises(UserError, match="no counterpart"):
             from_hf_name(foreign)
 
@@ -201,19 +211,6 @@ def test_rope_theta_is_read_in_the_forms_of_transformers_4_and_5(tok):
         assert from_hf_config({k: v for k, v in table.items() if k != missing}).rope_theta == 5e5
 
 
-@pytest.mark.parametrize("change, match", [
-    (dict(model_type="qwen2"), "model_type 'qwen2'"), (dict(attention_bias=True), "biases"),
-    (dict(hidden_act="gelu"), "gelu"),
-    (dict(rope_parameters={"rope_type": "llama3", "factor": 8.0}), "scaled RoPE"), (dict(head_dim=64), "head_dim 64"),
-    (dict(rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0}), "scaled RoPE"),
-    (dict(hidden_size="x"), "not that of a LLaMA"), (dict(num_attention_heads=3, head_dim=None), "not that of a LLaMA"),
-])
-def test_architectures_we_would_compute_wrongly_are_refused(tok, change, match):
-    """Reading them as a plain LLaMA would give a model that talks nonsense without an error."""
-    with pytest.raises(UserError, match=match):
-        from_hf_config(to_hf_config(ModelArgs(), tok) | change)
-
-
 def test_wrong_input_is_refused_in_one_sentence(tok, tmp_path, monkeypatch):
     """Missing options, files, extras, wrong heads, damaged weights: a UserError that says what to do."""
     model = build(tok)
@@ -223,14 +220,30 @@ def test_wrong_input_is_refused_in_one_sentence(tok, tmp_path, monkeypatch):
     checkpoint.save(tmp_path / "char", 1, build(char), char, "pretrain", None)
     run(init_from=tmp_path / "run", out=tmp_path / "hf")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "dir.gguf").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "old.gguf").touch()
+    for name, change in (("template", {"nanollm_template": [1]}), ("stage", {"nanollm_stage": ["x"]})):
+        shutil.copytree(tmp_path / "hf", tmp_path / name)
+        table = json.loads((tmp_path / name / "config.json").read_text(encoding="utf-8"))
+        (tmp_path / name / "config.json").write_text(json.dumps(table | change), encoding="utf-8")
     for options, match in [
         (dict(init_from="a", from_hf="b", out="c"), "give --out and one of"), (dict(init_from="a"), "give --out"),
         (dict(init_from=tmp_path / "nowhere", out=tmp_path / "x"), "no checkpoint"),
         (dict(init_from=tmp_path / "rm", out=tmp_path / "x"), "reward model"),
         (dict(init_from=tmp_path / "char", out=tmp_path / "x"), "no tokenizer.json form"),
+        (dict(init_from=tmp_path / "char", out=tmp_path / "x.gguf"), "no tokenizer.json form"),
         (dict(init_from=tmp_path / "run", out=tmp_path / "x", dtype="int8"), "--dtype must be"),
         (dict(from_hf=tmp_path / "empty", out=tmp_path / "x"), "config.json does not exist"),
         (dict(from_hf=tmp_path / "hf", out=tmp_path / "run"), "already holds checkpoints"),
+        (dict(init_from=tmp_path / "run", out=tmp_path / "file"), "file is a file already"),
+        (dict(init_from=tmp_path / "run", out=tmp_path / "file" / "x.gguf"), "file is a file already"),
+        (dict(init_from=tmp_path / "run", out=tmp_path / "old.gguf"), "old.gguf is a file already"),
+        (dict(init_from=tmp_path / "run", out=tmp_path / "dir.gguf"), "is a directory; a .gguf is one file"),
+        (dict(from_hf=tmp_path / "hf", out=tmp_path / "x", dtype="bfloat16"), "--from_hf reads"),
+        (dict(from_hf=tmp_path / "hf", out=tmp_path / "x", adapter=True), "--from_hf reads"),
+        (dict(from_hf=tmp_path / "template", out=tmp_path / "x"), "nanollm_template must be one of"),
+        (dict(from_hf=tmp_path / "stage", out=tmp_path / "x"), "nanollm_stage must be"),
     ]:
         with pytest.raises(UserError, match=match):
             run(**options)
@@ -250,4 +263,7 @@ def test_wrong_input_is_refused_in_one_sentence(tok, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)                    # as if it were not installed
     with pytest.raises(UserError, match=r'pip install -e "\.\[export\]"'):
         run(init_from=tmp_path / "run", out=tmp_path / "x")
+    weights.write_bytes(b"")
+    with pytest.raises(UserError, match=r'pip install -e "\.\[export\]"'):
+        run(from_hf=tmp_path / "hf", out=tmp_path / "x")
     assert not (tmp_path / "x").exists()                                     # nothing half-written was left

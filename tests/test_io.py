@@ -57,8 +57,11 @@ def test_files_are_found_in_a_fixed_order_once_and_skipped_with_a_reason(tmp_pat
     assert {f.name: why.split()[0] for f, why in skipped} == {"d.docx": "unknown", "e.txt": "empty", "f.jsonl": "lies"}
     assert io.find_files([f"baike={tmp_path / 'b.txt'}"], exclude=tmp_path / "out")[0] == [(tmp_path / "b.txt", "baike", "baike")]
     assert io.find_files([f"mine={tmp_path / 'b.txt'}"], exclude=tmp_path / "out")[0] == [(tmp_path / "b.txt", "mine", "auto")]
-    with pytest.raises(UserError, match="does not exist"):
-        io.find_files([tmp_path / "nowhere"], exclude=tmp_path)
+    with pytest.raises(UserError, match="^--corpus: .*does not exist"):
+        io.find_files([tmp_path / "nowhere"], tmp_path, "--corpus")
+    (tmp_path / "a" / "report.json").write_text('{"signature": 1}', encoding="utf-8")              # a stage that made no documents, but tokens
+    with pytest.raises(UserError, match="^--input: nothing to read .*belongs to a stage of ours"):
+        io.find_files([tmp_path / "a"], exclude=tmp_path / "out")
 
 
 def test_a_huge_document_is_cut_at_line_ends_and_loses_nothing(tmp_path):

@@ -9,15 +9,17 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, PeftModel, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig,
+                  get_peft_model)
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nanollm.config import UserError
-from nanollm.hf import load_adapter, save_adapter, to_hf_config, to_hf_name, to_hf_state
+from nanollm.adapter_files import load_adapter, save_adapter
+from nanollm.hf import to_hf_config, to_hf_name, to_hf_state
 from nanollm.model import ModelArgs, Transformer
-from nanollm.peft import (TARGETS, LoRALinear, disable_adapter, inject_lora, load_lora_state_dict, lora_config,
-                          lora_layers, lora_state_dict, merge_lora)
+from nanollm.peft import (TARGETS, LoRALinear, adapter_config, add_adapter, add_orthogonality, disable_adapter, inject_lora, load_lora_state_dict, lora_config,
+                          lora_layers, lora_state_dict, merge_lora, reallocate)
 
 ARGS = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=64, max_seq_len=32)
 IDS = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -164,11 +166,11 @@ def test_a_state_dict_with_its_config_rebuilds_the_adapted_model():
     """What a checkpoint stores: base weights under their plain names, A and B beside them, the arguments in JSON."""
     model = adapted(r=3, alpha=5, dropout=0.25, targets=["w3", "wq"])
     state, config = model.state_dict(), json.loads(json.dumps(lora_config(model)))
-    assert config == {"r": 3, "alpha": 5, "dropout": 0.25, "targets": ["wq", "w3"]}
+    assert config == {"method": "lora", "r": 3, "alpha": 5, "dropout": 0.25, "targets": ["w3", "wq"]}
     assert build().state_dict().keys() == {k for k in state if "lora" not in k}
     assert state.keys() - build().state_dict().keys() == lora_state_dict(model).keys()
     other = Transformer(ARGS).eval()
-    inject_lora(other, **config)
+    add_adapter(other, **config)
     other.load_state_dict(state)                                           # strict
     assert torch.equal(logits(other), logits(model))
     assert lora_config(build()) is None
@@ -246,7 +248,7 @@ def test_peft_loads_our_adapter_files(tmp_path):
     theirs.save_pretrained(tmp_path / "again")
     a, b = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("adapter", "again"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    with pytest.raises(UserError, match="no LoRA adapter"):
+    with pytest.raises(UserError, match="no adapter"):
         save_adapter(build(), tmp_path / "nothing")
 
 
@@ -267,13 +269,178 @@ def test_we_load_peft_adapter_files(tmp_path, rslora):
     assert (logits(ours) - logits(build())).abs().max() > 0.1
 
 
-def test_adapters_of_another_kind_are_refused(tmp_path):
-    """DoRA files would load as LoRA and compute something else; a missing file is named."""
-    get_peft_model(llama(), LoraConfig(task_type="CAUSAL_LM", r=4, use_dora=True)).save_pretrained(tmp_path / "dora")
-    with pytest.raises(UserError, match="only plain LoRA .* use_dora"):
-        load_adapter(build(), tmp_path / "dora")
+KINDS = {                                    # --peft, our options, peft's configuration of the same
+    "rslora": (dict(r=4, alpha=6.0), lambda: LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules=EACH, task_type="CAUSAL_LM")),
+    "dora": (dict(r=4, alpha=16.0), lambda: LoraConfig(r=4, lora_alpha=16, use_dora=True, target_modules=EACH, task_type="CAUSAL_LM")),
+    "adalora": (dict(r=4, r0=6, alpha=16.0), lambda: AdaLoraConfig(init_r=6, target_r=4, lora_alpha=16, total_step=9, target_modules=EACH, task_type="CAUSAL_LM")),
+    "ia3": ({}, lambda: IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM")),
+    "prompt": (dict(n=5), lambda: PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")),
+    "ptuning": (dict(n=5, hidden=24), lambda: PromptEncoderConfig(num_virtual_tokens=5, encoder_hidden_size=24, task_type="CAUSAL_LM")),
+    "ptuning-lstm": (dict(n=5, hidden=24, network="lstm"), lambda: PromptEncoderConfig(
+        num_virtual_tokens=5, encoder_hidden_size=24, encoder_reparameterization_type="LSTM", task_type="CAUSAL_LM")),
+    "ptuning_v2": (dict(n=5), lambda: PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")),
+    "prefix": (dict(n=5, hidden=24), lambda: PrefixTuningConfig(num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=24, task_type="CAUSAL_LM")),
+}
+EACH = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def trained(kind, options):
+    """build() with an adapter of this kind that is no longer at its start."""
+    model, g = build(), torch.Generator().manual_seed(2)
+    add_adapter(model, kind.partition("-")[0], **options)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.add_(0.2 * torch.randn(p.shape, generator=g))
+    return model
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_loads_our_files_of_every_kind(tmp_path, kind):
+    """What each of our adapters computes, peft's model computes from the files, base weights untouched."""
+    ours = trained(kind, KINDS[kind][0])
+    with torch.no_grad():
+        want = ours(IDS)
+    save_adapter(ours, tmp_path, base="some/base")
+    assert torch.equal(logits(ours), want) and adapter_config(ours)["method"] == kind.partition("-")[0]       # saving has changed nothing
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / "adapter_model.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask                 # others may read it
+    theirs = PeftModel.from_pretrained(llama(), tmp_path).eval()
+    with torch.no_grad():
+        got = theirs(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits[:, -IDS.size(1):]      # peft keeps the virtual tokens' columns
+        torch.testing.assert_close(got, want, atol=5e-6, rtol=1e-5)
+    assert (want - logits(build())).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_we_load_peft_files_of_every_kind(tmp_path, kind):
+    """And the reverse; both train the same number of numbers."""
+    options, config = KINDS[kind]
+    theirs, g = get_peft_model(llama(), config()).eval(), torch.Generator().manual_seed(2)
+    fresh = build()
+    add_adapter(fresh, kind.partition("-")[0], **options)
+    assert count(fresh) == count(theirs)
+    for p in theirs.parameters():
+        if p.requires_grad:
+            p.data.add_(0.2 * torch.randn(p.shape, generator=g))
+    theirs.save_pretrained(tmp_path)
+    ours = build()
+    load_adapter(ours, tmp_path)
+    with torch.no_grad():
+        want = theirs(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits[:, -IDS.size(1):]
+    torch.testing.assert_close(logits(ours), want, atol=5e-6, rtol=1e-5)
+    assert (want - logits(build())).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("kind", ["dora", "adalora", "ia3"])
+def test_gradients_equal_peft_on_every_weight_that_both_train(tmp_path, kind):
+    """DoRA's length is a constant in the backward pass on both sides; else the gradient of m would not be peft's."""
+    ours = trained(kind, KINDS[kind][0])
+    save_adapter(ours, tmp_path)
+    theirs = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True).eval()
+    for out in (ours(IDS), theirs(input_ids=IDS).logits):
+        F.cross_entropy(out[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).backward()
+    twins = {n.replace(".default", "").removesuffix(".weight"): p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+    checked = 0
+    for name, p in ours.named_parameters():
+        if p.requires_grad:
+            module, _, leaf = name.rpartition(".")
+            torch.testing.assert_close(p.grad, twins[f"base_model.model.{to_hf_name(module)}.{leaf}"], atol=1e-6, rtol=1e-4, msg=name)
+            checked += 1
+    assert checked == {"dora": 42, "adalora": 42, "ia3": 6}[kind]
+
+
+def test_adalora_moves_rank_as_peft_does():
+    """Twelve updates side by side: the orthogonality term, the budget's table and every triplet that lives."""
+    settings = dict(init_r=6, target_r=2, tinit=2, tfinal=3, deltaT=1, total_step=12, lora_alpha=16, orth_reg_weight=0.5)
+    theirs = get_peft_model(llama(), AdaLoraConfig(**settings, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")).eval()
+    ours = build()
+    adapter = add_adapter(ours, "adalora", r=2, r0=6, alpha=16.0, targets=["wq", "wv", "w2"], start=2 / 12, end=3 / 12)
+    twins = {name: theirs.get_submodule("base_model.model." + to_hf_name(name)) for name in adapter.parts}
+    for name, part in adapter.parts.items():
+        for leaf in "AEB":
+            getattr(part, f"lora_{leaf}").data.copy_(getattr(twins[name], f"lora_{leaf}")["default"].data)
+    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.3) for m in (ours, theirs)]
+    alive = []
+    for step in range(1, 13):
+        ours.train()
+        loss, _, metrics = add_orthogonality(ours, F.cross_entropy(ours(IDS)[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()), 1, {})
+        out = theirs(input_ids=IDS, labels=IDS)
+        assert loss.item() == pytest.approx(out.loss.item(), abs=1e-5) and metrics["orthogonality"] > 0
+        loss.backward()
+        out.loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        reallocate(ours, step, 12)
+        theirs.base_model.update_and_allocate(step)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        for name, part in adapter.parts.items():
+            torch.testing.assert_close(part.lora_E, twins[name].lora_E["default"], atol=1e-6, rtol=1e-4, msg=f"{step} {name}")
+        alive.append(sum(int((part.lora_E != 0).sum()) for part in adapter.parts.values()))
+    assert alive == [36, 36, 27, 20, 16, 13, 12, 12, 12, 12, 12, 12]
+    assert len({int((part.lora_E != 0).sum()) for part in adapter.parts.values()}) > 1                  # not the same rank everywhere
+
+
+def test_a_rank_pattern_of_peft_is_read_with_zeros_for_what_it_dropped(tmp_path):
+    """After its schedule peft writes only the triplets that live, another number for each matrix."""
+    theirs = get_peft_model(llama(), AdaLoraConfig(init_r=6, target_r=2, total_step=4, tfinal=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=0.1)
+    for step in range(1, 5):
+        theirs(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        theirs.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    with torch.no_grad():
+        want = theirs.eval()(input_ids=IDS).logits
+    theirs.save_pretrained(tmp_path)
+    ours = build()
+    load_adapter(ours, tmp_path)
+    torch.testing.assert_close(logits(ours), want, atol=5e-6, rtol=1e-5)
+    assert (want - logits(build())).abs().max() > 1e-3
+
+
+def test_what_cannot_be_read_or_written_is_refused(tmp_path):
+    """A kind that we do not have, a pattern of ranks, a pickle, a missing or broken file; a kind that peft does not have."""
+    get_peft_model(llama(), LoHaConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "loha")
+    with pytest.raises(UserError, match="this is LOHA; what can be read is plain"):
+        load_adapter(build(), tmp_path / "loha")
+    get_peft_model(llama(), LoraConfig(task_type="CAUSAL_LM", r=4, rank_pattern={"q_proj": 2})).save_pretrained(tmp_path / "mixed")
+    with pytest.raises(UserError, match="LORA with rank_pattern"):
+        load_adapter(build(), tmp_path / "mixed")
+    for init in ("pissa", "olora"):                          # these take A and B out of W: beside the W of before they compute something else
+        get_peft_model(llama(), LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=init, target_modules=["q_proj"])).save_pretrained(tmp_path / init)
+        with pytest.raises(UserError, match=f"LORA with init_lora_weights {init}, which changes the base"):
+            load_adapter(build(), tmp_path / init)
     with pytest.raises(UserError, match="adapter_config.json is missing"):
         load_adapter(build(), tmp_path / "nowhere")
-    (tmp_path / "dora" / "adapter_config.json").write_text("{", encoding="utf-8")
+    (tmp_path / "mixed" / "adapter_model.safetensors").rename(tmp_path / "mixed" / "adapter_model.bin")
+    with pytest.raises(UserError, match="is a pickle, which may run code"):
+        load_adapter(build(), tmp_path / "mixed")
+    model = trained("lora", dict(r=4, targets=["wq"]))
+    save_adapter(model, tmp_path / "good")
+    config, file = tmp_path / "good" / "adapter_config.json", tmp_path / "good" / "adapter_model.safetensors"
+    whole, table = file.read_bytes(), json.loads(config.read_text(encoding="utf-8"))
+    for text, data, match in [(json.dumps({**table, "r": 2}), whole, "does not fit the model: 4 tensors"), ("[]", whole, "not of one adapter"),
+                              (json.dumps({k: v for k, v in table.items() if k != "lora_alpha"}), whole, "not of one adapter: KeyError.'lora_alpha'"),
+                              (json.dumps({**table, "r": "4"}), whole, "not of one adapter: TypeError"),
+                              (json.dumps({**table, "lora_alpha": "x"}), whole, "not of one adapter: ValueError"),
+                              (json.dumps({**table, "fan_in_fan_out": True}), whole, "LORA with fan_in_fan_out"),
+                              (json.dumps({**table, "alora_invocation_tokens": [5]}), whole, "LORA with alora_invocation_tokens"),
+                              (json.dumps(table), whole[:-9], "safetensors: .*the file is damaged")]:
+        config.write_text(text, encoding="utf-8")
+        file.write_bytes(data)
+        plain = build()
+        with pytest.raises(UserError, match=match):
+            load_adapter(plain, tmp_path / "good")
+        assert torch.equal(logits(plain), logits(build())) and not lora_layers(plain)
+    (tmp_path / "loha" / "adapter_config.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match="not JSON"):
-        load_adapter(build(), tmp_path / "dora")
+        load_adapter(build(), tmp_path / "loha")
+    for kind in ("adapter", "bitfit"):
+        with pytest.raises(UserError, match=f"the peft library has no {kind}"):
+            save_adapter(trained(kind, {}), tmp_path / kind)

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 import train_ppo
-from conftest import ROOT, tiny_lm
-from nanollm import dist, rl
+from conftest import ROOT, tiny_lm, tiny_rm
+from nanollm import dist, peft, rl
 from nanollm import world as demo_world
 from nanollm.config import UserError
 from nanollm.losses import IGNORE_INDEX
 from nanollm.model import ModelArgs
 from nanollm.optim import make_optimizer, update
-from nanollm.rollout import PromptRows, State, backward, draw, experience, load_reward, minibatches, shape, write_answers
+from nanollm.rollout import PromptRows, State, backward, draw, experience, load_reward, make_critic, minibatches, shape, write_answers
 from nanollm.tokenizer import render
 from nanollm.variants import build
 from test_scripts import start, train_lines
@@ -24,6 +24,18 @@ def masks(*lengths, prompt=2, width=9):
     """A prompt of two places, then the answer."""
     at = torch.arange(width)[None]
     return (at >= prompt) & (at < prompt + torch.tensor(lengths)[:, None])
+
+
+def test_the_critic_begins_as_the_reward_model_unless_that_carries_an_adapter(tok):
+    """Then, as with a rule, it begins as the policy. Its first values are 0 either way."""
+    lm, rm, cfg = tiny_lm(), tiny_rm(), types.SimpleNamespace(critic="")
+    with torch.no_grad():
+        rm.backbone.tok_embeddings.weight.add_(1)
+    for adapt, body in ((False, rm.backbone), (True, lm)):
+        if adapt:
+            peft.add_adapter(rm, method="bitfit")
+        critic = make_critic(cfg, lm, rm, tok, dist.Context(0, 0, 1, torch.device("cpu"), True))
+        assert torch.equal(critic.backbone.tok_embeddings.weight, body.tok_embeddings.weight) and not critic.v_head.weight.any()
 
 
 def test_gae_at_both_ends_of_lambda():

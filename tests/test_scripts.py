@@ -34,7 +34,8 @@ VARIANTS = {"pretrain": {}, "pretrain-muon-dropout": {"optimizer": "muon", "drop
             "sft-lora": {**LORA, "lora_dropout": 0.1}, "rm": {}, "dpo": {}, "dpo-lora": LORA, "dpo-rpo": {"rpo_alpha": 0.5},
             "ppo": {}, "ppo-lora": {**LORA, "target_kl": 6.0}, "ppo-grpo": {"algorithm": "grpo", "group": 3},
             "sft-mix": {"data": ["chats.jsonl:0.7", "chats_val.jsonl:0.3"], "format": "bos", "truncate": "keep_start"}, "dpo-kto": {"loss": "kto"},
-            "dpo-cached": {"precompute_ref": True, "pair_curriculum": 1.0, "loss": "ipo"}, "rm-divergence": {"loss": "divergence"}, "sft-alone": {"pack": False}}
+            "dpo-cached": {"precompute_ref": True, "pair_curriculum": 1.0, "loss": "ipo"}, "rm-divergence": {"loss": "divergence"}, "sft-alone": {"pack": False},
+            "sft-adalora": {"peft": "adalora", "lora_rank": 2, "adapter_only": True}, "rm-lora": LORA, "sft-prompt": {"peft": "ptuning:n=4", "learning_rate": 1e-2}}
 
 
 def start(variant, world, out_dir, **changes):
@@ -56,7 +57,7 @@ def train_lines(records):
 # ---- three steps ---------------------------------------------------------------------------------------------------
 
 TWO_RANK_RUNS = {"pretrain": {}, "sft": {}, "rm": {}, "dpo": {}, "sft-lora": {"lora_dropout": 0.0}, "dpo-lora": {}, "dpo-rpo": {}, "ppo": {}, "ppo-grpo": {},
-                 "sft-mix": {}, "dpo-kto": {}, "dpo-cached": {}, "rm-divergence": {}, "sft-alone": {}}
+                 "sft-mix": {}, "dpo-kto": {}, "dpo-cached": {}, "rm-divergence": {}, "sft-alone": {}, "sft-adalora": {}, "rm-lora": {}, "sft-prompt": {}}
 
 
 def worker(out):
@@ -117,7 +118,7 @@ def test_three_real_steps_write_metrics_and_a_checkpoint(alone, variant):
     if not variant.startswith("rm"):
         assert all({"prompt", "text"} == s.keys() for s in evaluations[-1]["samples"]) and evaluations[-1]["samples"]
     if "-lora" in variant:
-        assert meta["lora"]["r"] == 4
+        assert meta["adapter"]["r"] == 4
     assert evaluations[0]["val/loss"] != evaluations[1]["val/loss"]
 
 
@@ -185,7 +186,7 @@ def test_merge_on_save_writes_a_plain_model_that_computes_the_same(world, tmp_pa
     start(variant, world, tmp_path, merge_on_save=True)
     merged, adapted = checkpoint.load(tmp_path / "merged"), checkpoint.load(tmp_path)
     ids = torch.arange(30)[None]
-    assert merged[2]["lora"] is None and not any("lora" in k for k in weights(tmp_path / "merged"))
+    assert merged[2]["adapter"] is None and not any("lora" in k for k in weights(tmp_path / "merged"))
     torch.testing.assert_close(merged[0](ids), adapted[0](ids))
     assert largest_difference(merged[0].state_dict(), tiny_lm().state_dict()) > 0
 
@@ -479,7 +480,7 @@ REFUSALS = {
     "chats given to DPO": ("dpo", lambda t, w: {"data": [str(w / "chats.jsonl")]}, "not a preference row"),
     "equal answers": ("dpo", lambda t, w: {"data": [write_jsonl(t / "s.jsonl", [{**p, "rejected": p["chosen"]} for p in pairs(4)])]}, "the same"),
     "one row and no validation": ("dpo", lambda t, w: {"data": [write_jsonl(t / "1.jsonl", pairs(1))], "val_data": []}, "--val_data"),
-    "unknown adapter": ("sft", lambda t, w: {"peft": "ia3"}, "--peft ia3 is unknown"),
+    "unknown adapter": ("sft", lambda t, w: {"peft": "ia4"}, "--peft ia4 is unknown; did you mean 'ia3'"),
     "unknown LoRA target": ("dpo", lambda t, w: {"peft": "lora", "lora_targets": ["q_proj"]}, "choose from"),
     "LoRA rank 0": ("sft", lambda t, w: {"peft": "lora", "lora_rank": 0}, "rank"),
     "no such reward": ("ppo", lambda t, w: {"reward": str(t / "none")}, "holds no checkpoint"),
@@ -489,6 +490,7 @@ REFUSALS = {
     "a rule without a name": ("ppo", lambda t, w: {"reward": rule(t, "def f(row, text): return 1")}, "name the function, too: --reward .*:NAME"),
     "a rule without its function": ("ppo", lambda t, w: {"reward": rule(t, "def g(row, text): return 1") + ":f"}, "defines no function f"),
     "a rule that cannot be read": ("ppo", lambda t, w: {"reward": rule(t, "def f(") + ":f"}, "cannot be run"),
+    "qlora and a reference from before it": ("dpo", lambda t, w: {"peft": "qlora", "precompute_ref": True}, "compared with its own base in 4 bits"),
     "a rule that fails": ("ppo", lambda t, w: {"reward": rule(t, "def f(row, text): return row['none']") + ":f"}, "KeyError: 'none'; it must return a number"),
     "a rule that gives nan": ("ppo", lambda t, w: {"reward": rule(t, "def f(row, text): return float('nan')") + ":f"}, "gave nan for '.*a finite number"),
     "a reference of another shape": ("ppo", lambda t, w: {"reference": str(checkpoint.save(t / "ref", 1, tiny_lm(n_layers=1), tiny_tokenizer(), "sft", None))},

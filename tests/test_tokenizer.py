@@ -499,6 +499,7 @@ def test_reading_our_own_export_gives_the_same_tokenizer(either, tmp_path):
     (lambda t: t.update(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True}), "only byte-level BPE"),
     (lambda t: t.update(normalizer={"type": "Lowercase"}), "normalizer 'Lowercase'"),
     (lambda t: t["model"]["merges"].reverse(), "not in the order of its ids"),
+    (lambda t: (t["model"]["merges"].pop(), t["model"].update(ignore_merges=True)), "words in text as a whole"),
 ])
 def test_a_tokenizer_json_we_would_follow_wrongly_is_refused(tok, tmp_path, change, match):
     """Better no ids than other ids."""

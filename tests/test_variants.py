@@ -73,7 +73,8 @@ def test_without_variants_nothing_changes():
     (["moe,qk_norm"], "separate them by spaces"), (["moe:top_k=2,qk_norm"], "separate variants by spaces"),
     (["moe", "geglu"], "moe and geglu both replace the feed_forward"), (["gpt2", "rope_scaling"], "both replace the positions"),
     (["qk_norm", "qk_norm"], "both replace"), (["moe:n_experts=2,top_k=3"], "between 1 and n_experts"),
-    (["sliding_window:window=40"], "fit into max_seq_len 32"), (["rope_scaling:kind=zoom"], "linear, ntk or yarn")])
+    (["sliding_window:window=40"], "fit into max_seq_len 32"), (["rope_scaling:kind=zoom"], "linear, ntk, yarn or llama3"),
+    (["qk_norm", "qkv_bias"], "both replace the attention")])
 def test_a_wrong_word_is_one_sentence_with_the_nearest_right_one(words, says):
     with pytest.raises(UserError, match=says):
         build(ModelArgs(**SMALL, variants=words))
@@ -158,11 +159,11 @@ def test_lora_fits_every_variant(words):
         close(merge_lora(model)(ids), adapted, atol=1e-4)
 
 
-@pytest.mark.parametrize("words", ALL, ids=name_of)
-def test_counts_are_true_in_every_variant(words):
-    """The parts add up to the parameters, and FLOPs are those that PyTorch counts (attention aside)."""
+@pytest.mark.parametrize("words, head_dim", [(words, 0) for words in ALL] + [([], 20)], ids=str)
+def test_counts_are_true_in_every_variant(words, head_dim):
+    """The parts add up to the parameters, and FLOPs are those that PyTorch counts; also with heads of another width than dim / n_heads."""
     from torch.utils.flop_counter import FlopCounterMode
-    model, ids = small(*words, attention="naive"), tokens(1, 32)
+    model, ids = small(*words, attention="naive", head_dim=head_dim), tokens(1, 32)
     parts = parameter_count(model)
     assert sum(p.numel() for p in model.parameters()) == parts["total"] == sum(v for k, v in parts.items() if k != "total")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -186,7 +187,7 @@ def test_every_stage_trains_on_a_variant_body(world, tmp_path):
         record = next(r for r in metrics(tmp_path / stage) if "train/loss" in r)
         assert sum(record[f"train/expert_{e}"] for e in range(4)) == pytest.approx(1) and record["train/unbalance"] >= 0.9
     assert metrics(tmp_path / "dpo")[1]["train/loss"] == pytest.approx(math.log(2), abs=1e-4)     # policy = reference, masks and all
-    with pytest.raises(UserError, match="cannot hold"):
+    with pytest.raises(UserError, match="no Hugging Face family computes this model's qk_norm moe:n_experts=4 prefix_lm"):
         export.main(export.Config(init_from=sft, out=str(tmp_path / "hf")))
 
 
@@ -217,10 +218,7 @@ def test_qk_norm_equals_transformers_qwen3():
     hf = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=61, hidden_size=32, intermediate_size=a.ffn_dim, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
         rms_norm_eps=a.norm_eps, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": a.rope_theta})).eval()
-    norms = {k: v for k, v in model.state_dict().items() if ".q_norm." in k or ".k_norm." in k}
-    state = to_hf_state({k: v for k, v in model.state_dict().items() if k not in norms}, a)
-    state |= {f"model.{k.replace('attention', 'self_attn')}": v for k, v in norms.items()}
-    missing, unexpected = hf.load_state_dict(state, strict=False)
+    missing, unexpected = hf.load_state_dict(to_hf_state(model.state_dict(), a), strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     hf.tie_weights()
     with torch.no_grad():
@@ -413,7 +411,7 @@ def test_chat_streams_with_a_window(world, capsys):
     """The option of chat.py puts the window on a checkpoint that was trained without."""
     model, tok, _ = checkpoint.load(world / "base", variants=["sliding_window"])
     assert len(list(generate(model, [1, 2, 3], 200, temperature=0))) == 200
-    chat.main(chat.Config(init_from=str(world / "base"), prompt=["Anna"], max_new_tokens=100, variants=["sliding_window"], temperature=1.0, device="cpu"))
+    chat.main(chat.Config(init_from=[str(world / "base")], prompt=["Anna"], max_new_tokens=100, variants=["sliding_window"], temperature=1.0, device="cpu"))
     assert capsys.readouterr().out.count("Anna") >= 1
 
 
@@ -460,14 +458,15 @@ def test_generation_reads_the_prompt_as_training_did():
 
 @pytest.mark.parametrize("original", [16, 4096])
 def test_scaled_frequencies_equal_transformers(original):
-    """linear and yarn as they are; ntk is the dynamic formula at the length factor * original (its own factor 1)."""
+    """linear, yarn and llama3 as they are; ntk is the dynamic formula at the length factor * original (its own factor 1)."""
     def theirs(kind, factor, **more):
         config = LlamaConfig(hidden_size=256, num_attention_heads=4, max_position_embeddings=original,
                              rope_parameters={"rope_type": kind, "rope_theta": 10000.0, "factor": factor, **more})
         return ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), **({"seq_len": 4 * original} if kind == "dynamic" else {}))
 
     for kind, (freq, length) in {"linear": theirs("linear", 4.0), "ntk": theirs("dynamic", 1.0),
-                                 "yarn": theirs("yarn", 4.0, original_max_position_embeddings=original)}.items():
+                                 "yarn": theirs("yarn", 4.0, original_max_position_embeddings=original),
+                                 "llama3": theirs("llama3", 4.0, original_max_position_embeddings=original, low_freq_factor=1.0, high_freq_factor=4.0)}.items():
         got, own_length = scaled_frequencies(64, 10000.0, kind, 4.0, original)
         torch.testing.assert_close(got, freq, rtol=1e-5, atol=0)
         assert own_length == pytest.approx(length)
@@ -496,7 +495,7 @@ def test_what_a_variant_needs_is_said_where_it_is_missing(world, tmp_path, capsy
         checkpoint.load(world / "base", variants=["qk_norm"])
 
 
-@pytest.mark.parametrize("kind", ["linear", "ntk", "yarn"])
+@pytest.mark.parametrize("kind", ["linear", "ntk", "yarn", "llama3"])
 def test_scaling_stretches_the_context_of_a_trained_model(world, tmp_path, kind):
     """A factor of 1 changes nothing; 64 tokens become 256, no weight is new, training goes on, and what it saves is not
     stretched again when it is loaded."""
@@ -517,18 +516,7 @@ def test_the_gpt2_block_equals_transformers_gpt2(attention):
     """Conv1D keeps its matrices transposed, and q, k and v side by side."""
     model = small("gpt2", n_kv_heads=4, attention=attention)
     hf = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_positions=32, n_embd=32, n_layer=2, n_head=4, layer_norm_epsilon=1e-5)).eval()
-    s = model.state_dict()
-    state = {"transformer.wte.weight": s["tok_embeddings.weight"], "transformer.wpe.weight": s["layers.0.positions"][0],
-             "transformer.ln_f.weight": s["norm.weight"], "transformer.ln_f.bias": s["norm.bias"]}
-    for i in range(2):
-        for kind in ("weight", "bias"):
-            turn = (lambda x: x.T) if kind == "weight" else (lambda x: x)
-            of = lambda name: s[f"layers.{i}.{name}.{kind}"]
-            state |= {f"transformer.h.{i}.{theirs}.{kind}": value for theirs, value in {
-                "ln_1": of("attention_norm"), "ln_2": of("ffn_norm"), "attn.c_proj": turn(of("attention.wo")),
-                "attn.c_attn": torch.cat([turn(of(f"attention.{w}")) for w in ("wq", "wk", "wv")], -1),
-                "mlp.c_fc": turn(of("feed_forward.w1")), "mlp.c_proj": turn(of("feed_forward.w2"))}.items()}
-    missing, unexpected = hf.load_state_dict(state, strict=False)
+    missing, unexpected = hf.load_state_dict(to_hf_state(model.state_dict(), model.args), strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     hf.tie_weights()
     with torch.no_grad():

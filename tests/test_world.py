@@ -14,7 +14,7 @@ from nanollm.config import UserError
 from nanollm.corpus.clean import clean_text
 from nanollm.corpus.dedup import DedupConfig, deduplicate_texts
 from nanollm.data import to_messages, to_preference
-from nanollm.evaluation import read_choices
+from nanollm.choices import read_choices
 
 ZH = {zh: en for en, zh in world.DICTIONARY.items()}
 STORY = {"en": world.story_en, "zh": world.story_zh}

@@ -65,7 +65,7 @@ def draw(curves, path):
         steps, loss = np.array(runs[0])[1:, 0], np.array(runs)[:, 1:, 1]
         plt.errorbar(steps + k * steps[-1] / 300, loss.mean(0), loss.std(0, ddof=1), label=arm, capsize=2, linewidth=1)
     plt.xlabel("update")
-    plt.ylabel("validation loss (nats), mean ± standard deviation")
+    plt.ylabel("validation loss (nats)")
     plt.legend()
     plt.tight_layout()
     Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -168,7 +168,7 @@ def decode(body, content_type):
 
 
 def page_text(html):
-    """The text of a page: the main content where trafilatura is installed (pip install -e '.[web]'), else all that is
+    """The text of a page: the main content where trafilatura is installed (pip install -e '.[warc]'), else all that is
     no tag. The two differ, so one corpus should be read with one of them."""
     try:
         import trafilatura

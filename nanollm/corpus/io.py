@@ -55,21 +55,21 @@ def shown(path):
     return os.fsencode(Path(path).as_posix()).decode("utf-8", "replace")
 
 
-def find_files(paths, exclude):
+def find_files(paths, exclude, flag="--input"):
     """Files and directories, each perhaps NAME=PATH -> ([(file, source, adapter)], [(skipped file, why)]), in the order
     given and sorted inside a directory; the order decides which of two duplicates is the first.
 
     The source of a document is NAME, else the directory that was given, else the file's own name; a NAME that is one of
     adapters.ADAPTERS also says how its rows are to be read. `exclude` is our own output directory, which may lie inside
-    an input directory; a file named by itself is read wherever it lies. UserError for a path that does not exist, or if
-    nothing is left."""
+    an input directory; a file named by itself is read wherever it lies. UserError, which names `flag`, for a path that does not
+    exist, or if nothing is left."""
     files, skipped, seen = [], [], set()
     for word in map(str, paths):
         name, equals, rest = word.partition("=")
         named = bool(equals) and re.fullmatch(r"[\w.-]+", name) and not Path(word).exists()
         path = Path(rest if named else word)
         if not path.exists():
-            raise UserError(f"--input: {path} does not exist")
+            raise UserError(f"{flag}: {path} does not exist")
         adapter = name if named and name in adapters.ADAPTERS else "auto"
         inside = files_below(path, skipped) if path.is_dir() else [path]
         stages = {folder: read_report(folder) for folder in {file.parent for file in inside}}
@@ -81,7 +81,7 @@ def find_files(paths, exclude):
             seen.add(real)
             why = ("lies in --out, our own output" if path.is_dir() and Path(exclude).resolve() in real.parents else
                    "a link to a directory; name that itself" if file.is_dir() else
-                   "belongs to a stage of ours, but not its documents" if stage and file.name not in stage["parts"] else
+                   "belongs to a stage of ours, but not its documents" if stage and file.name not in stage.get("parts", ()) else
                    f"unknown extension (known: {' '.join(KINDS)}, each also .gz)" if kind(file) not in KINDS else
                    "not a regular file" if not file.is_file() else
                    "empty file" if file.stat().st_size == 0 else None)
@@ -90,7 +90,7 @@ def find_files(paths, exclude):
             skipped.append((file, why)) if why else files.append((file, source, adapter))
     if not files:
         why = f"; {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
-        raise UserError(f"--input: nothing to read in {', '.join(map(str, paths))}{why}")
+        raise UserError(f"{flag}: nothing to read in {', '.join(map(str, paths))}{why}")
     return files, skipped
 
 

@@ -81,6 +81,8 @@ class Decontaminate(Stage):
 @dataclass
 class Score(Stage):
     scorer: str = arg("", "FILE.py:function (text -> float); empty: the rules of score.py")
+    classifier: str = arg("", "RUN:LABEL: the probability of LABEL by a classifier of train_classify.py is the quality")
+    as_source: bool = arg(False, "with a classifier: a document's likeliest label becomes its source (tokenize --by_source, --mix)")
     select: str = arg("none", "none: only the column | threshold | sample: by lot between --low and --high")
     threshold: float = arg(0.5, "threshold: documents below are dropped")
     low: float = arg(0.2, "sample: never kept at or below")

@@ -114,7 +114,12 @@ def score(table, cfg):
     texts = table["text"].to_pylist()
     values = checked(cfg.scorer, table, texts) if cfg.scorer else rule_scores(texts)
     values = np.asarray(values, dtype=np.float32)
-    table = columns.with_column(table, "quality", values, pa.float32())
+    return select(columns.with_column(table, "quality", values, pa.float32()), cfg)
+
+
+def select(table, cfg):
+    """Stage function: what the column `quality` means for each document, by cfg.select."""
+    values = table["quality"].to_numpy()
     if cfg.select == "none":
         return table
     if cfg.select == "threshold":

@@ -30,7 +30,7 @@ ROWS = [  # key, English, Chinese, the known truth beside it in both ({key} is l
      "itself {dpo.win_rate_before}", "它自己 {dpo.win_rate_before}"),
     ("ppo.win_rate", "PPO: win rate against the SFT model", "PPO：对 SFT 模型的胜率",
      "itself {ppo.win_rate_before}", "它自己 {ppo.win_rate_before}"),
-    ("mc.accuracy", "multiple choice: accuracy", "选择题：准确率", "chance {mc.chance}", "随机 {mc.chance}"),
+    ("mc.accuracy", "multiple choice, options scored as text: accuracy", "选择题（按选项的文字打分）：准确率", "chance {mc.chance}", "随机 {mc.chance}"),
 ]
 
 

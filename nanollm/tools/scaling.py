@@ -172,7 +172,8 @@ def main(cfg):
     with torch.device("meta"):                       # the sixth model's N is known before it is trained
         of_first = ModelArgs(**json.loads((find(Path(cfg.out_dir) / cfg.sizes[0]) / "meta.json").read_text(encoding="utf-8"))["model"])
         layers, dim = (int(n) for n in cfg.predict.split("x"))
-        n = parameter_count(Transformer(ModelArgs(**asdict(of_first) | {"n_layers": layers, "dim": dim, "n_heads": dim // 8, "n_kv_heads": dim // 8})))
+        shape = {"n_layers": layers, "dim": dim, "n_heads": dim // 8, "n_kv_heads": dim // 8, "head_dim": 8}
+        n = parameter_count(Transformer(ModelArgs(**asdict(of_first) | shape)))
         N = n["attention"] + n["feed_forward"] + n["norm"]
     print(f"\npredictions for {cfg.predict}, N {N:,}, before it is trained:")
     for name, (law, parts) in found.items():

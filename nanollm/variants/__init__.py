@@ -16,11 +16,12 @@ from nanollm.variants.gpt2 import gpt2
 from nanollm.variants.moe import add_balance, moe
 from nanollm.variants.prefix_lm import mark_prefix, prefix_lm
 from nanollm.variants.qk_norm import qk_norm
+from nanollm.variants.qkv_bias import qkv_bias
 from nanollm.variants.rope_scaling import rope_scaling
 from nanollm.variants.sliding_window import sliding_window
 
 REPLACES = {                                                 # two variants cannot replace the same part
-    qk_norm: ["attention"], relu: ["feed_forward"], gelu: ["feed_forward"], geglu: ["feed_forward"], moe: ["feed_forward"],
+    qk_norm: ["attention"], qkv_bias: ["attention"], relu: ["feed_forward"], gelu: ["feed_forward"], geglu: ["feed_forward"], moe: ["feed_forward"],
     rope_scaling: ["positions"], sliding_window: ["mask"], prefix_lm: ["mask"],
     gpt2: ["attention", "feed_forward", "positions", "mask"],        # it counts its positions in the causal mask
 }
@@ -33,12 +34,12 @@ def nearest(word, known):
 
 
 def parse(text):
-    """'moe:n_experts=8,top_k=2' -> ('moe', {'n_experts': 8, 'top_k': 2}), each value of its default's type."""
+    """'moe:n_experts=4' -> ('moe', {'n_experts': 4, 'top_k': 2, …}), all its options, each value of its default's type."""
     name, _, rest = text.partition(":")
     if name not in VARIANTS:
         raise UserError(f"--variants: there is no {name!r}; {'separate them by spaces' if ',' in name else nearest(name, VARIANTS)}")
     defaults = {p.name: p.default for p in inspect.signature(VARIANTS[name]).parameters.values() if p.default is not p.empty}
-    options = {}
+    options = dict(defaults)
     for pair in filter(None, rest.split(",")):
         key, equals, value = pair.partition("=")
         if key not in defaults or not equals:

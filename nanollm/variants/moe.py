@@ -66,5 +66,6 @@ def train_only_experts(model):
 def moe(model, n_experts=8, top_k=2, balance=0.01, hidden_dim=0):
     if not 1 <= top_k <= n_experts:
         raise UserError(f"--variants moe: top_k {top_k} must lie between 1 and n_experts {n_experts}")
+    model.by_runs = False                                    # the balance counts padding, on every device alike
     for block in model.layers:
         block.feed_forward = MoE(model.args, n_experts, top_k, balance, hidden_dim)
