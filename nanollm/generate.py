@@ -47,7 +47,7 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_pe
         beyond = probs.cumsum(-1) - probs >= max(top_p, 1e-9)    # what lies before it already reaches p
         logits = logits.masked_fill(beyond.scatter(-1, order.indices, beyond), float("-inf"))
     if min_p > 0:
-        logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), float("-inf"))
+        logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min(min_p, 1.0)), float("-inf"))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
 
 

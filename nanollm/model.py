@@ -291,7 +291,8 @@ class Transformer(nn.Module):
         apart (1, 2, 3, … along a row) and hides left padding in batched generation (0 for pads, 1 for text).
         Positions need no reset: RoPE only sees distances. None = the whole row is one segment.
 
-        On a CPU the segments are laid end to end without the padding (segment 0), for which nothing is computed: it comes out as 0.
+        On a CPU the segments are laid end to end without the padding (segment 0, at the ends of a row or between segments), for which
+        nothing is computed: it comes out as 0.
         """
         T, start = tokens.size(1), cache.position if cache is not None else 0
         if start + T > len(self.rope_cos):                   # virtual tokens, too, stand in there (peft/soft.py)

@@ -149,7 +149,7 @@ def test_min_p_keeps_what_is_not_much_less_likely_than_the_likeliest():
     """min_p 0.3 of a likeliest 0.5: all from 0.15 on. In a flat distribution the same number keeps everything."""
     logits = torch.tensor([0.05, 0.5, 0.16, 0.29]).log().tolist()
     assert (frequencies(logits, min_p=0.3) > 0).tolist() == [False, True, True, True]
-    assert frequencies(logits, min_p=1.0).tolist() == [0, 1, 0, 0]
+    assert frequencies(logits, min_p=1.0).tolist() == frequencies(logits, min_p=2.0).tolist() == [0, 1, 0, 0]
     assert (frequencies([0.0] * 4, min_p=0.3) > 0).all()
 
 
