@@ -2,10 +2,12 @@
 modules and in as few calls as will do.
 
 For one token a layer's arithmetic takes as long as reading its weights, and every call of a module or a kernel takes microseconds
-on top. So q, k and v are one product, gate and up are one, and both are rotated at once. And where several texts are
-written, the weights are copied once into the order in which the matrix library wants to read them. `model.py` remains the
-definition: whatever is not exactly its Transformer goes through it, and a test holds the two together.
+on top. So q, k and v are one product, gate and up are one, and both are rotated at once. And the weights are copied
+once into the order in which the matrix library wants to read them. `model.py` remains the definition: whatever is not exactly its
+Transformer goes through it, and a test holds the two together.
 """
+import weakref
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -54,9 +56,9 @@ class RoomyCache(KVCache):
 
 
 def stacked(weights, rows):
-    """x (rows, C) -> x [W_1; W_2; …]^T. For one row, whose time is that of reading them, large matrices stay where they are. More rows pay
-    for a copy in oneDNN's blocks: without it oneDNN, and MKL too, makes one in each call."""
-    if rows == 1 and weights[0].numel() >= 2**18:
+    """x (rows, C) -> x [W_1; W_2; …]^T. Large matrices are copied into oneDNN's blocks: more rows than one pay for such a copy in each
+    call otherwise, in MKL too, and one row is read a fifth faster from it. rows = 0: no copies, for a model that might not fit twice."""
+    if not rows and weights[0].numel() >= 2**18:
         return lambda x: torch.cat([product(x, w) for w in weights], 1)
     w = torch.cat(weights) if len(weights) > 1 else weights[0]
     if not ONEDNN or w.numel() < 2**18:
@@ -69,10 +71,11 @@ class Decoder:
     """For `rows` texts, while the weights stay as they are. A cache is shared with the model, so either may go on where the other was."""
 
     def __init__(self, model, rows):
-        self.model, self.norm, half = model, model.norm.weight.detach(), model.rope_sin.size(1) // 2
+        self.embeddings, self.norm, self.eps = model.tok_embeddings.weight.detach(), model.norm.weight.detach(), model.norm.eps
+        half = model.rope_sin.size(1) // 2
         self.cos, self.sin = model.rope_cos, torch.cat((-model.rope_sin[:, :half], model.rope_sin[:, half:]), 1)              # (max_seq_len, D)
         if sum(p.nbytes for p in model.parameters()) > 2**31:
-            rows = 1                                         # a second copy of a large model might not fit
+            rows = 0                                         # a second copy of a large model might not fit
         of = lambda *linears: stacked([linear.weight.detach() for linear in linears], rows)
         self.layers = [(layer.attention, layer.attention_norm.weight.detach(), of(layer.attention.wq, layer.attention.wk, layer.attention.wv),
                         of(layer.attention.wo), layer.ffn_norm.weight.detach(), of(layer.feed_forward.w1, layer.feed_forward.w3),
@@ -88,13 +91,13 @@ class Decoder:
 
     def __call__(self, tokens, segments, cache):
         """tokens (B, 1), segments (B, 1) or None -> logits (B, V)."""
-        eps, C = self.model.norm.eps, self.norm.shape
+        eps, C = self.eps, self.norm.shape
         cos, sin = self.cos[cache.length], self.sin[cache.length]                             # (D,)
         if segments is not None:
             cache.segments = torch.cat((cache.segments, segments), 1)                         # (B, S)
             hidden = segments != cache.segments
             segments = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None, None]           # (B, 1, 1, S), added to the scores
-        x = self.model.tok_embeddings.weight[tokens[:, 0]]                                    # (B, C)
+        x = self.embeddings[tokens[:, 0]]                                                     # (B, C)
         for attention, norm, qkv, wo, ffn_norm, gate_up, w2 in self.layers:
             H, G, D = attention.n_heads, attention.n_kv_heads, attention.head_dim
             qkv = qkv(F.rms_norm(x, C, norm, eps)).view(-1, H + 2 * G, D)
@@ -114,9 +117,22 @@ def cache_for(model, room):
     return RoomyCache(room) if model.cache is KVCache else model.cache(model)
 
 
+KEPT = weakref.WeakKeyDictionary()                                # model -> what its weights were, and the Decoder made of them
+
+
+def decoder(model, rows):
+    """For one text at a time (a chat) the last one is kept while the weights are what they were: to copy 28 M takes as long as 7 tokens."""
+    if rows != 1 or any(p.nbytes != p.untyped_storage().nbytes() for p in model.parameters()):       # views (ZeRO's) change unseen
+        return Decoder(model, rows)
+    weights = [(p.data_ptr(), p._version) for p in model.parameters()]
+    if KEPT.get(model, [None])[0] != weights:
+        KEPT[model] = weights, Decoder(model, rows)
+    return KEPT[model][1]
+
+
 def reader(model, cache, rows=1):
     """read(tokens (B, T), segments=None) -> logits (B, V) of what comes next. The first call reads prompts, by the model; the others one token
-    a row, by the Decoder if it can. rows above 1: so many texts are worth a copy of the weights."""
+    a row, by the Decoder if it can, made for so many rows."""
     step = None
 
     @torch.compiler.set_stance("force_eager")                     # a token a call: no shape stays long enough to compile for it
@@ -127,6 +143,6 @@ def reader(model, cache, rows=1):
         nonlocal step
         if not cache.length:
             return whole(tokens, segments, cache)
-        step = step or (Decoder(model, rows) if Decoder.suits(model) else whole)
+        step = step or (decoder(model, rows) if Decoder.suits(model) else whole)
         return step(tokens, segments, cache)
     return read

@@ -148,7 +148,7 @@ def write_batch(model, prompts, max_new_tokens, pad_id, stop_ids, pick):
     for group in [*([i] for i in tight), *([rest] if rest else [])]:
         width = max(len(prompts[i]) for i in group)
         cache = RoomyCache(min(width + max_new_tokens, room))
-        read = reader(model, cache, len(group) if max_new_tokens >= 32 else 1)
+        read = reader(model, cache, len(group) if max_new_tokens >= 32 else 0)      # fewer are not worth the copy
         tokens = torch.tensor([[pad_id] * (width - len(prompts[i])) + prompts[i] for i in group], device=device)               # (B, T)
         segments = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in group], device=device)
         if bool((segments == 1).all()):

@@ -1,4 +1,6 @@
 """Sampling and beam search: the cache, the batch and every option against the slow and obvious way."""
+import copy
+import gc
 import itertools
 import random
 
@@ -8,7 +10,7 @@ import torch
 from conftest import SHAPE, tiny_lm
 from nanollm import peft
 from nanollm.beam import beam_search
-from nanollm.decode import Decoder, RoomyCache
+from nanollm.decode import KEPT, Decoder, RoomyCache, decoder
 from nanollm.generate import Step, StopStrings, generate, generate_batch, sample, show_step, steps
 from nanollm.model import ModelArgs, Transformer
 from nanollm.variants import build
@@ -283,6 +285,30 @@ def test_what_is_not_the_plain_model_goes_through_the_model(model):
 
 
 # ---- beam search -------------------------------------------------------------------------------------------------
+
+
+def test_a_kept_copy_of_the_weights_is_left_when_they_change(model):
+    """For one text at a time the blocks that decoding reads are made once and kept. An update in place, a write through one flat tensor of
+    which the weights are views (ZeRO), and the model's end all make an end of them."""
+    model = copy.deepcopy(model)
+    kept = decoder(model, 1)
+    assert decoder(model, 1) is kept and decoder(model, 2) is not decoder(model, 2)
+    with torch.no_grad():
+        model.tok_embeddings.weight.add_(torch.randn(model.tok_embeddings.weight.shape, generator=torch.Generator().manual_seed(1)))
+    assert decoder(model, 1) is not kept and list(generate(model, PROMPT, 12, temperature=0)) == slow_greedy(model, PROMPT, 12)
+    weight = model.layers[0].feed_forward.w1.weight
+    flat = torch.cat((weight.detach().flatten(), torch.zeros(1)))
+    weight.data = flat[:-1].view_as(weight)
+    list(generate(model, PROMPT, 12, temperature=0))
+    flat.mul_(-3)
+    assert list(generate(model, PROMPT, 12, temperature=0)) == slow_greedy(model, PROMPT, 12)
+    known, other = len(KEPT), copy.deepcopy(model)
+    other.layers[0].feed_forward.w1.weight.data = weight.detach().clone()
+    decoder(other, 1)
+    assert len(KEPT) == known + 1
+    del other
+    gc.collect()
+    assert len(KEPT) == known
 
 
 def test_beam_search_wide_enough_finds_the_likeliest_answer():
