@@ -10,7 +10,7 @@ import torch
 
 from bench import ddp, dpo, generate, parallel, precision, road, rollout, sft, step, time_to_loss
 from conftest import ROOT, chats, flags, options, pairs, run_ranks, stories, tiny_lm, tiny_tokenizer, write_jsonl
-from learn.experiments import architectures, curriculum, distillation, leash, long_context
+from learn.studies import architectures, curriculum, distillation, leash, long_context
 from nanollm import checkpoint, config, dist, evaluation
 from nanollm import world as demo_world
 from nanollm.corpus.pack import write_tokens

@@ -338,7 +338,7 @@ def test_a_judge_that_cannot_judge_is_refused_before_anything_is_read(files, tmp
 
 def test_the_experiment_on_judges_runs_and_keeps_documents_apart(files, tmp_path, capsys):
     """On toy text: no figure of this run means anything."""
-    from learn.experiments import judge
+    from learn.studies import judge
     for label, word in (("a", "cat"), ("b", "sun")):
         (tmp_path / f"{label}.txt").write_text("\n\n".join(f"Document {i} of a {word} {'and more ' * 20}" for i in range(12)), encoding="utf-8")
     words = dict(input=[f"{label}={tmp_path / label}.txt" for label in "ab"], init_from=str(files / "base"), chars=60, out_dir=str(tmp_path / "out"))

@@ -201,7 +201,7 @@ def test_the_experiment_and_the_benchmark_run(tmp_path, capsys, monkeypatch):
     """On toy shapes: no figure of these runs means anything."""
     from bench import quant as bench
     from conftest import write_world
-    from learn.experiments import quantization
+    from learn.studies import quantization
     world = write_world(tmp_path / "world", n_train=20)
     quantization.main(quantization.Config(init_from=str(world / "base"), data=str(world / "tokens"), max_tokens=200, out=str(tmp_path / "q.json"),
                                           picture=str(tmp_path / "q.png")))

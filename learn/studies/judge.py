@@ -1,6 +1,6 @@
 """How many labelled rows does a judge of texts need, and what does pretraining buy it? Files as labels, cut into passages.
 
-    python -m learn.experiments.judge --input encyclopedia=wiki.txt web=c4.jsonl play=shakespeare.txt --init_from out/base
+    python -m learn.studies.judge --input encyclopedia=wiki.txt web=c4.jsonl play=shakespeare.txt --init_from out/base
 
 Each file is a label. Passages of the first two thirds of its documents are for training, of the rest for testing, so that no document
 is on both sides. Arms: all weights of the pretrained body, the head alone (--freeze), and the same shape with random weights. The last

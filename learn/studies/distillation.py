@@ -1,8 +1,8 @@
 """Does a teacher help? A student of half the demo model's size, with and without it, at equal steps, three seeds each.
 
     bash runs/speedrun.sh                                        once: the teacher, out/demo/pretrain, and its token files
-    python -m learn.experiments.distillation                     12 runs of 400 updates
-    python -m learn.experiments.distillation --steps 1600 --seeds 5
+    python -m learn.studies.distillation                     12 runs of 400 updates
+    python -m learn.studies.distillation --steps 1600 --seeds 5
 
 Each run is train_pretrain.py with the demo's settings and a narrower model; only the flags of the arm differ. It prints the
 validation loss (of the text, without the teacher) at the end, mean and standard deviation over the seeds, the difference to the

@@ -2,7 +2,7 @@
 preferences, which no model has seen.
 
     bash runs/speedrun.sh                                  the demo's checkpoints and pairs, once
-    python -m learn.experiments.leash                      three seeds each, six runs of about a minute
+    python -m learn.studies.leash                      three seeds each, six runs of about a minute
 
 At some points of each run the actor answers the held-out prompts (sampled, temperature 1). Side by side: what the reward model
 says (it rises, since it is what is optimised), what the rule says, the KL to the SFT model, and the win rate against its answers.

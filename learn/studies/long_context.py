@@ -1,7 +1,7 @@
 """Past the trained context: RoPE scaling, and streaming with and without sink tokens.
 
     python prepare_data.py demo                            the corpus, once (runs/speedrun.sh has it too)
-    python -m learn.experiments.long_context               about four minutes on one CPU core
+    python -m learn.studies.long_context               about four minutes on one CPU core
 
 A small model is trained on rows of 128 tokens. Then, on the validation text as one stream:
 1. the loss by position in rows of 512, for plain RoPE and each kind of scaling, before and after a few updates at 512;
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from learn.experiments.architectures import train
+from learn.studies.architectures import train
 from nanollm.config import arg, run
 from nanollm.data import TokenFile, tokenizer_of
 from nanollm.model import ModelArgs, apply_rope

@@ -1,8 +1,8 @@
 """Every adapter on the same task, and full fine-tuning beside them: trained numbers, memory, seconds, right answers.
 
     bash runs/speedrun.sh                                        once: the base, out/demo/pretrain, and the demo's chats
-    python -m learn.experiments.adapters                         14 methods, each at three learning rates, 300 updates a run
-    python -m learn.experiments.adapters --arms full lora prompt --steps 200 --factors 1
+    python -m learn.studies.adapters                         14 methods, each at three learning rates, 300 updates a run
+    python -m learn.studies.adapters --arms full lora prompt --steps 200 --factors 1
 
 Each run is train_sft.py in a process of its own, with the same chats in the same order; only --peft and the rate differ. Chats
 are not packed, since virtual tokens want a row for each. --format raw: the base has never seen the chat tokens, and a frozen
@@ -83,7 +83,7 @@ def main(cfg):
                 path, log = f"{folder}/run.json", Path(folder) / "log"
                 words = [f"--{k}={getattr(cfg, k)}" for k in ("init_from", "data", "steps", "questions", "seed")]
                 with contextlib.closing(open(log, "w", encoding="utf-8")) as f:
-                    code = subprocess.run([sys.executable, "-m", "learn.experiments.adapters", f"--one={arm}|{factor}|{path}", *words], stdout=f, stderr=f).returncode
+                    code = subprocess.run([sys.executable, "-m", "learn.studies.adapters", f"--one={arm}|{factor}|{path}", *words], stdout=f, stderr=f).returncode
                 if code:
                     raise UserError(f"{arm} failed: {log.read_text(encoding='utf-8').strip()[-300:]}")
                 runs.append(json.loads(Path(path).read_text(encoding="utf-8")))

@@ -1,7 +1,7 @@
 """How much do the architecture options matter? Each against SwiGLU at the same size, data and number of updates, three seeds.
 
     python prepare_data.py demo                            the corpus, once (runs/speedrun.sh has it too)
-    python -m learn.experiments.architectures              about ten minutes on one CPU core; goes on where it was stopped
+    python -m learn.studies.architectures              about ten minutes on one CPU core; goes on where it was stopped
 
 It prints the validation loss of every arm, mean and standard deviation over the seeds, and the difference from SwiGLU seed
 by seed, and writes both to --out. Only differences between rows with equal FLOPs per token are a fair comparison.

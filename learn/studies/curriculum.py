@@ -1,7 +1,7 @@
 """Does it help to show easy text first? Curricula against random order on the demo world, three seeds each.
 
-    python -m learn.experiments.curriculum                 about two minutes on two CPU cores
-    python -m learn.experiments.curriculum --steps 600 --seeds 5
+    python -m learn.studies.curriculum                 about two minutes on two CPU cores
+    python -m learn.studies.curriculum --steps 600 --seeds 5
 
 Every run has the same model, the same number of updates and the same learning rate; only the order of the rows differs.
 It prints the validation loss at the end, mean and standard deviation over the seeds, and draws the curves (matplotlib).

@@ -1,6 +1,6 @@
 """Absmax, zero point and NF4 against each other on the weights of a trained model: how far they move, and what the loss says.
 
-    python -m learn.experiments.quantization --init_from out/demo/pretrain --data out/demo/tokens --picture out/quantization.png
+    python -m learn.studies.quantization --init_from out/demo/pretrain --data out/demo/tokens --picture out/quantization.png
 
 Every way of nanollm/quant.py with every size of block, on all matrices of the blocks; embedding and output stay as they are. The
 weights are rounded to what the codes say and put back, which computes what a QuantLinear does.

@@ -1,0 +1,37 @@
+"""Runs all experiments, or those named, one after another, and holds their figures against the stored ones.
+
+    python -m learn.experiments                            all, about half an hour on one core
+    python -m learn.experiments no_warmup no_scaling       some
+    python -m learn.experiments --scale 0.02 --seeds 1     do they all run
+"""
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+def main():
+    if "--help" in sys.argv or "-h" in sys.argv:
+        return print(__doc__)
+    known = sorted(p.stem for p in HERE.glob("[a-z]*.py"))
+    chosen = [word for word in sys.argv[1:] if word in known]
+    options = [word for word in sys.argv[1:] if word not in known]
+    unknown = [word for i, word in enumerate(options) if not word.startswith("-") and (i == 0 or not options[i - 1].startswith("-"))]
+    if unknown:
+        print(f"error: there is no experiment {unknown[0]}; there are {' '.join(known)}", file=sys.stderr)
+        sys.exit(2)
+    failed, chosen = [], chosen or known
+    for i, name in enumerate(chosen, 1):
+        print(f"[{i}/{len(chosen)}] {name}", flush=True)
+        began = time.monotonic()
+        if subprocess.run([sys.executable, "-m", f"learn.experiments.{name}", *options]).returncode:
+            failed.append(name)
+        print(f"  {time.monotonic() - began:.0f} s\n", flush=True)
+    print(f"{len(chosen) - len(failed)} of {len(chosen)} as stored" + (f"; apart or failed: {' '.join(failed)}" if failed else ""))
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
