@@ -41,7 +41,7 @@ def main(cfg):
                 if seed == 0 and step % 20 == 19:             # noqa: B023, used at once
                     losses.append(lab.val_loss(model, val_ids, most=5000))          # noqa: B023
                     model.train()
-            lab.train(model, lambda step: (good if is_clean(step) else bad)(step), steps, schedule="wsd", each=each)    # noqa: B023
+            lab.train(model, lambda step: (good if is_clean(step) else bad)(step), steps, 2e-3 if "larger" in name else 4e-3, schedule="wsd", each=each)         # noqa: B023; twice as wide, half the rate
             figures.setdefault(name, []).append(lab.val_loss(model, val_ids))
             curves.setdefault(name, losses)
     claims = {"clean text last ends below clean text first": lab.higher(figures["clean first"], figures["clean last"]),

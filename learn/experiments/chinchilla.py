@@ -15,22 +15,23 @@ import numpy as np
 
 from learn import lab
 
-WIDTHS = (8, 16, 24, 32, 48)                                  # 2 layers, 2 heads
-TOKENS = 16 * 64                                              # an update
-FIRST = 6 * 15_000 * 100 * TOKENS                             # FLOPs: 100 updates of 15,000 parameters
+ROWS = 8                                                      # few: with so little compute the updates are scarce, not the tokens
+TOKENS = ROWS * 64                                            # an update
+FIRST = 6 * 15_000 * 200 * TOKENS                             # FLOPs: 200 updates of 15,000 parameters
 BUDGETS = {"C": FIRST, "4 C": 4 * FIRST}
+WIDTHS = {"C": (8, 12, 16, 24, 32), "4 C": (8, 16, 24, 32, 48)}         # 2 layers, 2 heads
 
 
 def main(cfg):
     train_ids, val_ids, tok = lab.corpus()
     figures, points = {}, {budget: [] for budget in BUDGETS}
     for budget, flops in BUDGETS.items():
-        for dim in WIDTHS:
-            for seed in range(min(cfg.seeds, 2)):             # each costs half a minute: two, not three
+        for dim in WIDTHS[budget]:
+            for seed in range(min(cfg.seeds, 2)):             # each costs more than half a minute: two, not three
                 model = lab.tiny(tok.vocab_size, seed, dim=dim, n_heads=2)
                 n = sum(p.numel() for p in model.parameters())
                 steps = cfg.steps(flops / (6 * n * TOKENS))
-                lab.train(model, lab.windows(train_ids, seed=seed), steps, 4e-3 * (64 / dim) ** 0.5, warmup=max(2, steps // 20))
+                lab.train(model, lab.windows(train_ids, ROWS, seed=seed), steps, 4e-3 * (64 / dim) ** 0.5, warmup=max(2, steps // 20))
                 figures.setdefault(f"{budget}, N {n}", []).append(lab.val_loss(model, val_ids))
             points[budget].append((n, lab.mean(figures[f"{budget}, N {n}"])))
     floors = {}

@@ -2,17 +2,17 @@
 
     python -m learn.experiments.contaminated_eval          about a minute on one core
 
-A leaked test measures memory instead of ability, and rewards whoever leaked it. Two models, one with a quarter of the
-other's parameters, are trained twice: with the test texts lying in the corpus (as often as a popular exam lies in a crawl), and after decontamination,
-which drops every document that shares half of a test text's 13-grams (Brown et al. 2020, arXiv:2005.14165, appendix C; the measure of
-nanollm/contamination.py). Both are judged by the loss on the test and on fresh texts of the same kind. One sees the
-small model with the leak beat the large one without on the test, and lose on fresh text.
+A leaked test measures memory instead of ability, and rewards whoever leaked it. Two models, one a little smaller than the
+other, are trained twice: with 60 copies of each test text in the corpus (a popular exam lies in a crawl as often), and after
+decontamination, which drops every document that shares half of a test text's 13-grams (after Brown et al. 2020, arXiv:2005.14165,
+appendix C). They are judged by the loss on the test and on fresh texts of the same kind. One sees the small model
+with the leak beat the large one without on the test, and lose on fresh text.
 """
 from learn import lab
 from nanollm.corpus.minhash import shingles
 
 TEST, COPIES = 50, 60
-MODELS = {"small": 32, "large": 64}                           # width
+MODELS = {"small": 56, "large": 64}                           # width
 STEPS = 250
 
 
