@@ -32,16 +32,16 @@ def main(cfg):
              "all clean": lambda step: True, "all noised": lambda step: False, "all noised, larger model": lambda step: False}
     figures, curves = {}, {}
     for name, is_clean in plans.items():
+        dim, rate = (128, 2e-3) if "larger" in name else (64, 4e-3)           # twice as wide, half the rate
         for seed in range(cfg.seeds):
-            good, bad = lab.windows(clean, seed=seed), lab.windows(dirty, seed=seed)
-            model = lab.tiny(tok.vocab_size, seed, dim=128 if "larger" in name else 64)
-            losses = []
+            good, bad, losses = lab.windows(clean, seed=seed), lab.windows(dirty, seed=seed), []
+            model = lab.tiny(tok.vocab_size, seed, dim=dim)
 
             def each(step, model):
-                if seed == 0 and step % 20 == 19:             # noqa: B023, used at once
-                    losses.append(lab.val_loss(model, val_ids, most=5000))          # noqa: B023
+                if seed == 0 and step % 20 == 19:
+                    losses.append(lab.val_loss(model, val_ids, most=5000))
                     model.train()
-            lab.train(model, lambda step: (good if is_clean(step) else bad)(step), steps, 2e-3 if "larger" in name else 4e-3, schedule="wsd", each=each)         # noqa: B023; twice as wide, half the rate
+            lab.train(model, lambda step: (good if is_clean(step) else bad)(step), steps, rate, schedule="wsd", each=each)
             figures.setdefault(name, []).append(lab.val_loss(model, val_ids))
             curves.setdefault(name, losses)
     claims = {"clean text last ends below clean text first": lab.higher(figures["clean first"], figures["clean last"]),
@@ -53,10 +53,10 @@ def main(cfg):
         for name, losses in curves.items():
             plt.plot(range(20, 20 * len(losses) + 1, 20), losses, marker=".", linewidth=1, label=name, linestyle=":" if name.startswith("all") else "-")
         plt.axvline(steps - phase, color="grey", linewidth=0.5)
-        plt.annotate("the rate falls", (steps - phase, plt.ylim()[1]), fontsize=7, va="top", xytext=(2, -2), textcoords="offset points")
+        plt.annotate("the rate falls", (steps - phase, plt.ylim()[0]), fontsize=7, va="bottom", xytext=(2, 2), textcoords="offset points")
         plt.xlabel("update")
         plt.ylabel("loss on clean text, nats")
-        plt.legend()
+        plt.legend(loc="upper right", fontsize=7)
     lab.finish(cfg, figures, claims, draw)
 
 

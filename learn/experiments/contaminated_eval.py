@@ -47,20 +47,23 @@ def main(cfg):
                 lab.train(model, lab.windows(ids, seed=seed), cfg.steps(STEPS))
                 for part, held in on.items():
                     figures.setdefault(f"{size} {corpus}, {part}", []).append(lab.val_loss(model, held))
-    gap = {(size, corpus): [a - b for a, b in zip(figures[f"{size} {corpus}, fresh"], figures[f"{size} {corpus}, test"])] for size in MODELS for corpus in corpora}
+    kinds = [(size, corpus) for size in MODELS for corpus in corpora]
+    gap = {(size, corpus): [a - b for a, b in zip(figures[f"{size} {corpus}, fresh"], figures[f"{size} {corpus}, test"])] for size, corpus in kinds}
     for (size, corpus), runs in gap.items():
         figures[f"{size} {corpus}, fresh - test"] = runs
     claims = {"every copied test text is found": figures["test texts found"] == 1,
               "with the leak the test looks easier than fresh text": lab.higher(gap["large", "leaked"], gap["large", "decontaminated"]),
               "the larger model gains more from the leak": lab.higher(gap["large", "leaked"], gap["small", "leaked"]),
-              "on the test the small model with the leak beats the large one without": lab.higher(figures["large decontaminated, test"], figures["small leaked, test"]),
+              "on the test the small model with the leak beats the large one without": lab.higher(
+                  figures["large decontaminated, test"], figures["small leaked, test"]),
               "on fresh text it does not": lab.higher(figures["small leaked, fresh"], figures["large decontaminated, fresh"])}
 
     def draw(plt):
         for i, part in enumerate(on):
-            runs = [figures[f"{size} {corpus}, {part}"] for size in MODELS for corpus in corpora]
-            plt.bar([x + 0.4 * i for x in range(4)], [lab.mean(r) for r in runs], 0.38, yerr=[lab.spread(r) for r in runs], capsize=3, label=f"on the {part} texts")
-        plt.xticks([x + 0.2 for x in range(4)], [f"{size}\n{corpus}" for size in MODELS for corpus in corpora])
+            runs = [figures[f"{size} {corpus}, {part}"] for size, corpus in kinds]
+            plt.bar([x + 0.4 * i for x in range(4)], [lab.mean(r) for r in runs], 0.38, yerr=[lab.spread(r) for r in runs], capsize=3,
+                    label=f"on the {part} texts")
+        plt.xticks([x + 0.2 for x in range(4)], [f"{size}\n{corpus}" for size, corpus in kinds])
         plt.ylabel("loss, nats a token")
         plt.legend()
     lab.finish(cfg, figures, claims, draw)

@@ -35,7 +35,7 @@ def main(cfg):
             n = (len(ids) - 1) // (ROWS * LENGTH)             # updates: each token is read once
             inputs, targets = (part[: n * ROWS * LENGTH].view(n, ROWS, LENGTH) for part in (ids[:-1], ids[1:]))
             model = lab.tiny(tok.vocab_size, seed)
-            losses = lab.train(model, lambda step: (inputs[step], targets[step]), cfg.steps(n))     # noqa: B023, used at once
+            losses = lab.train(model, lambda step: (inputs[step], targets[step]), cfg.steps(n))
             curves.setdefault(order, losses)
             for side, part in val_ids.items():
                 figures.setdefault(f"{order}, {side}", []).append(lab.val_loss(model, part))
