@@ -39,7 +39,7 @@ def main(cfg):
         x, y = np.log([n for n, _ in points[budget]]), np.array([loss for _, loss in points[budget]])
         near = np.argsort(y)[:4]                              # the four lowest: a parabola holds near its floor only
         a, b, _ = np.polyfit(x[near], y[near], 2)
-        floors[budget] = math.exp(-b / (2 * a)) if a > 0 else float("nan")
+        floors[budget] = math.exp(min(-b / (2 * a), 50)) if a > 0 else float("nan")        # no valley: no floor
         figures[f"{budget}, best N"] = floors[budget]
         figures[f"{budget}, tokens a parameter"] = flops / 6 / floors[budget] ** 2
     figures["best N grows with C to the power"] = math.log(floors["4 C"] / floors["C"]) / math.log(4)

@@ -14,7 +14,7 @@ from learn import lab
 from nanollm import world
 
 SHARES = (0.0, 0.15, 0.5, 0.85, 1.0)
-FIRST, STEPS, RATE = 250, 150, 2e-3
+FIRST, STEPS, RATE = 200, 100, 2e-3
 ROWS = 20                                                     # 15 % of 20 rows are 3
 
 
