@@ -4,15 +4,16 @@
 
 A gradient step trusts that its batch looks like the whole corpus. Crawled data comes sorted: all of one source, then all of the
 next. Here the same documents are read once, in the order of their kind (English first, then Chinese) or shuffled, with
-the same model, schedule and number of updates. One sees the loss jump at each change of kind and the model forget what
-it read first: the last kind is learnt, the first is lost.
+the same model, schedule and number of updates. One sees the loss jump at each change of kind and the model forget what it read
+first. Against expectation the kind read last is learnt worse, too: it had few updates, at a rate that had come down,
+and nothing learnt in time from its neighbours.
 """
 import random
 
 from learn import lab
 from nanollm import world
 
-DOCS = 2400
+DOCS = 1800
 ROWS, LENGTH = 16, 64
 
 
@@ -41,7 +42,7 @@ def main(cfg):
                 figures.setdefault(f"{order}, {side}", []).append(lab.val_loss(model, part))
     claims = {"shuffled ends lower on all kinds": lab.higher(figures["sorted, all kinds"], figures["shuffled, all kinds"]),
               "sorted, the kind read first is lost": lab.higher(figures["sorted, first kind"], figures["shuffled, first kind"]),
-              "sorted, the kind read last is learnt as well or better": not lab.higher(figures["sorted, last kind"], figures["shuffled, last kind"])}
+              "sorted, even the kind read last is learnt worse": lab.higher(figures["sorted, last kind"], figures["shuffled, last kind"])}
 
     def draw(plt):
         left, right = plt.gcf().subplots(1, 2)
@@ -56,6 +57,7 @@ def main(cfg):
         right.set_xticks([x + 0.2 for x in range(3)], list(val_ids))
         right.set_ylabel("validation loss, nats")
         right.legend()
+        plt.tight_layout()
     lab.finish(cfg, figures, claims, draw)
 
 
