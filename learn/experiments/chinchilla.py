@@ -5,9 +5,9 @@
 Training costs about C = 6 N D FLOPs (N parameters, D tokens). For a fixed C a small model sees many tokens and is too small
 for them, a large one hardly begins to learn: the loss over N is a valley. Its floor moves to the right as C grows; Hoffmann et
 al. 2022 (arXiv:2203.15556, section 3.2, "IsoFLOP profiles") found N and D to grow alike, about 20 tokens a parameter, on
-web text. Here a valley each for two budgets, the second four times the first; a parabola over log N gives its floor. The ratio
-belongs to a text and a recipe: this text is simple, so do not expect 20. One also sees the smallest model still learn
-past 20 tokens a parameter.
+web text. Here a valley each for two budgets, the second four times the first; a parabola over log N gives its floor. That the
+ratio comes out near 20 is chance: it belongs to a text and a recipe (double ROWS and look again). One also sees the
+smallest model still learn past 20 tokens a parameter.
 """
 import math
 
@@ -61,9 +61,11 @@ def main(cfg):
             plt.annotate(f"{figures[f'{budget}, tokens a parameter']:.0f} tokens\na parameter", (floors[budget], max(loss for _, loss in points[budget])),
                          fontsize=7, va="top", xytext=(2, 0), textcoords="offset points")
         plt.xscale("log")
+        plt.xticks([6e3, 1e4, 2e4, 4e4, 8e4], ["6 k", "10 k", "20 k", "40 k", "80 k"])
+        plt.minorticks_off()
         plt.xlabel("parameters N")
         plt.ylabel("validation loss, nats")
-        plt.legend()
+        plt.legend(loc="lower left")
     lab.finish(cfg, figures, claims, draw, within={"C, best N": 0.5, "4 C, best N": 0.5, "C, tokens a parameter": 0.8, "4 C, tokens a parameter": 0.8,
                                                    "best N grows with C to the power": 0.8})
 
