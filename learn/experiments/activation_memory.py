@@ -25,8 +25,8 @@ from nanollm.losses import cross_entropy, linear_cross_entropy
 from nanollm.model import ModelArgs, Transformer
 from nanollm.plan import kept_by_autograd
 
-ARGS = ModelArgs(dim=192, n_layers=6, n_heads=6, vocab_size=2048, max_seq_len=128)
-ROWS, ROUNDS = 8, 7
+ARGS = ModelArgs(dim=128, n_layers=6, n_heads=4, vocab_size=2048, max_seq_len=128)
+ROWS, ROUNDS = 8, 9
 HALF, CHECKPOINT, CHUNKED = "half the rows", "checkpointing", "chunked loss"
 KINDS = {"fp32": (), HALF: (HALF,), "bf16": ("bf16",), CHUNKED: (CHUNKED,), CHECKPOINT: (CHECKPOINT,), "all": (HALF, "bf16", CHECKPOINT, CHUNKED)}
 
@@ -53,15 +53,15 @@ def kept_mb(model, how):
     model.zero_grad()
     with gpu_path():
         loss, size = kept_by_autograd(model, lambda: forward(model, how, ROWS // 2 if HALF in how else ROWS))
-    if CHUNKED in how:                                        # its gradients are there already: that of the hidden states waits with them
-        size += next(f for f in [loss.grad_fn.next_functions[0][0]]).kept[0].nbytes
+    if CHUNKED in how:                                        # its gradients are computed already, and that of the hidden states waits
+        size += loss.grad_fn.next_functions[0][0].kept[0].nbytes
     return size / 1e6
 
 
-def milliseconds(model, sides):
+def milliseconds(model, sides, rounds):
     """{name: ms a row of forward and backward}: CPU time, the median of several rounds in which each side runs once. sides: {name: (how, rows)}"""
     found = {name: [] for name in sides}
-    for _ in range(ROUNDS + 1):                               # the first warms up
+    for _ in range(rounds + 1):                               # the first warms up
         for name, (how, rows) in sides.items():
             began = time.process_time()
             forward(model, how, rows).backward()
@@ -75,8 +75,8 @@ def main(cfg):
     model = Transformer(ARGS).train()
     tokens = ROWS * ARGS.max_seq_len
     kept = {name: kept_mb(model, how) for name, how in KINDS.items()}
-    ms = milliseconds(model, {name: (how, ROWS // 2 if HALF in how else ROWS) for name, how in KINDS.items()})
-    sizes = milliseconds(model, {rows: ((), rows) for rows in (15, 16, 17, 20)})
+    ms = milliseconds(model, {name: (how, ROWS // 2 if HALF in how else ROWS) for name, how in KINDS.items()}, cfg.steps(ROUNDS))
+    sizes = milliseconds(model, {rows: ((), rows) for rows in (15, 16, 17, 20)}, cfg.steps(ROUNDS))
     figures = {f"{name}: MB": mb for name, mb in kept.items()} | {f"{name}: of fp32": mb / kept["fp32"] for name, mb in kept.items()}
     figures["the note's formula: MB"] = ARGS.n_layers * ARGS.dim * tokens * 2 / 1e6
     figures["logits: MB"] = tokens * ARGS.vocab_size * 4 / 1e6
