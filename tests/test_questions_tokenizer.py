@@ -99,14 +99,14 @@ PRINTED = ("{% for message in messages %}{% if loop.first and messages[0]['role'
 
 
 def test_the_printed_chat_template_renders_words_only():
-    """Its markers got lost: nothing says who speaks or where a turn ends, and a user who types a line "assistant" is one. With the markers put back, it is
-    the prompt of our template."""
-    ask = [{"role": "user", "content": "你好"}]
-    assert jinja2.Template(PRINTED, keep_trailing_newline=True).render(messages=ask, add_generation_prompt=True) == "system\n你是一个由喵阿姨开发的喵喵小助手\nuser\n你好\nassistant\n"
-    mended = PRINTED.replace("'system", "'<|im_start|>system", 2).replace("!= '<|im_start|>system'", "!= 'system'").replace("小助手\n'", "小助手<|im_end|>\n'")
-    mended = mended.replace("{{'' +", "{{'<|im_start|>' +").replace("+ '' +", "+ '<|im_end|>' +").replace("'assistant", "'<|im_start|>assistant")
-    assert jinja2.Template(mended, keep_trailing_newline=True).render(messages=ask, add_generation_prompt=True) == (
-        "<|im_start|>system\n你是一个由喵阿姨开发的喵喵小助手<|im_end|>\n<|im_start|>user\n你好<|im_end|>\n<|im_start|>assistant\n")
+    """Its markers got lost: nothing says who speaks or where a turn ends, and a user who types a line "assistant" is one. With the
+    markers put back, it is the prompt of our template."""
+    rendered = lambda text: jinja2.Template(text, keep_trailing_newline=True).render(messages=[{"role": "user", "content": "你好"}], add_generation_prompt=True)
+    assert rendered(PRINTED) == "system\n你是一个由喵阿姨开发的喵喵小助手\nuser\n你好\nassistant\n"
+    mended = PRINTED.replace("{{ 'system", "{{ '<|im_start|>system").replace("小助手\n'", "小助手<|im_end|>\n'").replace("{{ 'assistant", "{{ '<|im_start|>assistant")
+    mended = mended.replace("{{'' +", "{{'<|im_start|>' +").replace("+ '' +", "+ '<|im_end|>' +")
+    assert rendered(mended) == ("<|im_start|>system\n你是一个由喵阿姨开发的喵喵小助手<|im_end|>\n<|im_start|>user\n你好<|im_end|>\n"
+                                "<|im_start|>assistant\n")
 
 
 def test_a_chinese_character_takes_three_tokens_with_bytes_alone_and_fewer_than_one_with_merges():

@@ -34,15 +34,15 @@ def main(cfg):
             seconds = (time.process_time() - began) / cfg.steps(STEPS)
             loss = lab.val_loss(model, val_ids, length, most=10**9)
             for what, x in {"bits a byte": loss * len(val_ids) / size / math.log(2), "nats a token": loss, "ms an update": 1000 * seconds}.items():
-                figures.setdefault(f"{name}: {what}", []).append(x)
-        figures[f"{name}: ids"], figures[f"{name}: bytes a token"] = tok.vocab_size, size / len(val_ids)
+                figures.setdefault(f"{name}, {what}", []).append(x)
+        figures[f"{name}, ids"], figures[f"{name}, bytes a token"] = tok.vocab_size, size / len(val_ids)
         back = tok.decode(tok.encode(OTHER))
-        figures[f"{name}: comes back"] = 1 - back.count("\ufffd") / len(OTHER)
-    bits = {name.split(":")[0]: runs for name, runs in figures.items() if name.endswith("bits a byte")}
+        figures[f"{name}, comes back"] = 1 - back.count("\ufffd") / len(OTHER)
+    bits = {name.removesuffix(", bits a byte"): runs for name, runs in figures.items() if name.endswith("bits a byte")}
     claims = {"at equal work characters are worse than BPE": lab.higher(bits["characters, same work"], bits["BPE"]),
               "the same text brings characters nearer to BPE": lab.higher(bits["characters, same work"], bits["characters, same text"]),
-              "BPE spells what it has never seen, the table loses it": figures["BPE: comes back"] == 1 > figures["characters, same text: comes back"]}
-    lab.finish(cfg, figures, claims, lambda plt: lab.bars(plt, bits, "bits a byte"), within={name: 9 for name in figures if "ms" in name})
+              "BPE spells what it has never seen, the table loses it": figures["BPE, comes back"] == 1 > figures["characters, same text, comes back"]}
+    lab.finish(cfg, figures, claims, lambda plt: lab.bars(plt, bits, "bits a byte"), within={name: 9 for name in figures if "ms an update" in name})
 
 
 if __name__ == "__main__":

@@ -73,7 +73,8 @@ def main(cfg):
     last = {name: figures[f"error, {name}, {COUNTS[-1]}"] for name in KINDS}
     claims = {"fp32 adds up 256 micro-batches to one part in a million": max(last["fp32"]) < 1e-6,
               "in bf16 the error grows with the number of micro-batches": lab.higher(last["bf16"], figures["error, bf16, 4"]),
-              "fp16 loses to rounding and not to underflow: a scale of 4,096 does not halve its error": lab.mean(last["fp16, scaled"]) > 0.5 * lab.mean(last["fp16"]),
+              "fp16 loses to rounding and not to underflow: a scale of 4,096 does not halve its error":
+                  lab.mean(last["fp16, scaled"]) > 0.5 * lab.mean(last["fp16"]),
               "training with 16 micro-batches ends within 1 % of fp32 in every type":
                   all(abs(lab.mean(figures[f"loss, {name}"]) / lab.mean(figures["loss, fp32"]) - 1) < 0.01 for name in KINDS)}
 

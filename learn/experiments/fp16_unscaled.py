@@ -56,7 +56,7 @@ def main(cfg):
             model = lab.tiny(tok.vocab_size, seed).to(weights)
             losses, zeros = train(model, lab.windows(train_ids, seed=seed), cfg.steps(STEPS), compute, scale, parts)
             figures.setdefault(name, []).append(lab.val_loss(model.float(), val_ids))
-            figures.setdefault(f"{name}: zeros", []).append(zeros)
+            figures.setdefault(f"{name}, zeros", []).append(zeros)
             curves.setdefault(name, losses)
     near = lambda name: abs(lab.mean(figures[name]) / lab.mean(figures["fp32"]) - 1) < 0.02
     claims = {"bf16, and fp16 with a scale, end within 2 % of fp32": near("bf16, 512") and near("fp16 scaled, 512"),

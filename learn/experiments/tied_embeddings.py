@@ -25,8 +25,8 @@ def main(cfg):
             figures.setdefault(name, []).append(lab.val_loss(model, val_ids))
             curves.setdefault(name, losses)
         count = parameter_count(model)
-        figures[f"{name}: parameters"] = count["total"]
-        figures[f"{name}: vocabulary's share"] = (count["embedding"] + count["output"]) / count["total"]
+        figures[f"{name}, parameters"] = count["total"]
+        figures[f"{name}, vocabulary's share"] = (count["embedding"] + count["output"]) / count["total"]
     claims = {"untied, with a matrix more, is better than tied": lab.higher(figures["tied"], figures["untied"]),
               "the same parameters in wider blocks are better than a second matrix": lab.higher(figures["untied"], figures["tied, wider"])}
     lab.finish(cfg, figures, claims, lambda plt: lab.bars(plt, {name: figures[name] for name in KINDS}, "validation loss, nats a token"))

@@ -40,13 +40,13 @@ def main(cfg):
             seconds = (time.process_time() - began) / cfg.steps(STEPS)
             loss = lab.val_loss(model, val_ids, length, most=10**9)                # nats a token
             for what, x in {"nats a token": loss, "bits a byte": loss * len(val_ids) / bytes_of_val / math.log(2), "ms an update": 1000 * seconds}.items():
-                figures.setdefault(f"{name}: {what}", []).append(x)
+                figures.setdefault(f"{name}, {what}", []).append(x)
         count = parameter_count(model)
-        figures[f"{name}: parameters"] = count["total"]
-        figures[f"{name}: vocabulary's share"] = count["embedding"] / count["total"]
-        figures[f"{name}: bytes a token"] = bytes_of_val / len(val_ids)
+        figures[f"{name}, parameters"] = count["total"]
+        figures[f"{name}, vocabulary's share"] = count["embedding"] / count["total"]
+        figures[f"{name}, bytes a token"] = bytes_of_val / len(val_ids)
     figures["floor, bits a byte"] = floor()
-    small, large, narrow = ([figures[f"{name}: {what}"] for what in ("nats a token", "bits a byte")] for name in ("512 ids", "4,096 ids", "4,096 ids, narrow"))
+    small, large, narrow = ([figures[f"{name}, {what}"] for what in ("nats a token", "bits a byte")] for name in ("512 ids", "4,096 ids", "4,096 ids, narrow"))
     claims = {"loss per token is lowest with the smallest vocabulary": lab.higher(large[0], small[0]),
               "bits per byte say the opposite: 4,096 ids are better than 512": lab.higher(small[1], large[1]),
               "narrow blocks pay for it: 4,096 ids are worse with as many parameters as the model of 512 has": lab.higher(narrow[1], large[1]),
@@ -55,14 +55,14 @@ def main(cfg):
     def draw(plt):
         left, names = plt.gca(), [name for name, _, _ in kinds]
         for ax, what in ((left, "nats a token"), (left.twinx(), "bits a byte")):
-            runs = [figures[f"{name}: {what}"] for name in names]
+            runs = [figures[f"{name}, {what}"] for name in names]
             colour = "#4878a8" if ax is left else "#c05020"
             ax.errorbar(range(len(SIZES)), [lab.mean(r) for r in runs[:-1]], [lab.spread(r) for r in runs[:-1]], marker="o", capsize=3, color=colour)
             ax.errorbar(len(SIZES), lab.mean(runs[-1]), lab.spread(runs[-1]), marker="s", capsize=3, color=colour)
             ax.set_ylabel(what, color=colour)
             ax.spines["right"].set_visible(True)
         left.set_xticks(range(len(names)), [name.replace(", ", ",\n") for name in names])
-    lab.finish(cfg, figures, claims, draw, within={name: 9 for name in figures if "ms" in name})
+    lab.finish(cfg, figures, claims, draw, within={name: 9 for name in figures if "ms an update" in name})
 
 
 if __name__ == "__main__":
