@@ -133,7 +133,7 @@ def test_training_for_rounded_weights_is_better_than_rounding_afterwards_and_cos
     before = cost(model, ids), {n: (p.shape, p.dtype) for n, p in model.named_parameters()}
     assert (cost(after, ids)[0], {n: (p.shape, p.dtype) for n, p in after.named_parameters()}) == (before[0][0], before[1])
     assert cost(after, ids)[1] > cost(model, ids)[1]
-    once, *_, trained = losses(after, ids, 60)
+    once, *_, trained = losses(after, ids, 40)
     assert once > learnt + 1 and trained < (once + learnt) / 2, (learnt, once, trained)
 
 
@@ -154,4 +154,4 @@ def test_bf16_counts_to_256_and_fp16_to_2048():
     """What the mantissa holds: up to there every whole number is exact, the next one is not."""
     for dtype, last in ((torch.bfloat16, 256), (torch.float16, 2048)):
         whole = torch.arange(last + 2.0)
-        assert torch.equal(whole[:-1].to(dtype).float(), whole[:-1]) and whole[-1].to(dtype) != last + 1
+        assert torch.equal(whole[:-1].to(dtype).float(), whole[:-1]) and whole[-1].to(dtype).float() == last

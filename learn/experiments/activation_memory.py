@@ -94,7 +94,7 @@ def main(cfg):
         plt.barh(list(kept)[::-1], list(kept.values())[::-1], color="#4878a8")
         for i, (name, mb) in enumerate(list(kept.items())[::-1]):
             plt.annotate(f" {mb:.0f} MB, {ms[name]:.1f} ms a row", (mb, i), va="center")
-        plt.axvline(figures["the note's formula, MB"], color="#c05020", linestyle=":", label="the note's formula, fp32")
+        plt.axvline(figures["the note's formula, MB"], color="#c05020", linestyle=":", label="the note's formula")
         plt.xlim(0, 1.3 * kept["fp32"])
         plt.xlabel("kept for the backward pass, MB")
         plt.legend()
