@@ -15,7 +15,7 @@ from learn import lab
 from nanollm.mixture import Curriculum
 
 STEPS, T, B = 250, 64, 16
-KINDS = ("random", "rare words last", "rare words first", "short last")
+KINDS = ("random", "rare words last", "rare words first", "long last")
 
 
 def rows_of(texts, tok):
@@ -32,7 +32,7 @@ def main(cfg):
     val_ids = lab.stream(lab.texts(300, 1, "en"), tok)
     counts = torch.bincount(rows.flatten(), minlength=tok.vocab_size).float()
     rarity = -(counts / counts.sum()).log()[rows].sum(1)                                       # (n,)
-    easiest = {"rare words last": rarity.argsort(), "rare words first": (-rarity).argsort(), "short last": (-length).argsort(), "random": rarity.argsort()}
+    easiest = {"rare words last": rarity.argsort(), "rare words first": (-rarity).argsort(), "long last": length.argsort(), "random": rarity.argsort()}
     figures, curves, steps = {}, {}, cfg.steps(STEPS)
     for kind in KINDS:
         for seed in range(cfg.seeds):

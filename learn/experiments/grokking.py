@@ -27,9 +27,8 @@ def go(seed, decay, steps, dim=64, rate=2e-3):
     a, b = torch.meshgrid(torch.arange(P), torch.arange(P), indexing="ij")
     pairs = torch.stack([a.flatten(), b.flatten(), torch.full((P * P,), P)], 1)               # a b =   (P * P, 3)
     sums = (pairs[:, 0] + pairs[:, 1]) % P
-    chosen = torch.rand(P, P, generator=torch.Generator().manual_seed(seed)) < SHARE
-    known = (chosen.triu() | chosen.triu().T).flatten()                                       # a + b and b + a on the same side
-    train, val = known.nonzero()[:, 0], (~known).nonzero()[:, 0]
+    order = torch.randperm(P * P, generator=torch.Generator().manual_seed(seed))
+    train, val = order.split([round(SHARE * P * P), P * P - round(SHARE * P * P)])
     model = lab.tiny(P + 1, seed, dim=dim, n_layers=1, max_seq_len=3)
     optimizer = make_optimizer(model, "adamw", rate, weight_decay=decay, betas=(0.9, 0.98))
     targets = torch.full_like(pairs, -100)
