@@ -181,3 +181,18 @@ def test_difficulty_by_parts_of_speech_is_the_number_of_different_ones():
     tag = dict(the="DET", a="DET", cat="NOUN", mat="NOUN", dog="NOUN", sat="VERB", saw="VERB", on="ADP", quickly="ADV", red="ADJ", it="PRON")
     diversity = lambda text: len({tag[word] for word in text.split()})
     assert diversity("the cat saw the dog the dog saw the cat") == 3 < diversity("it quickly sat on a red mat") == 7
+
+
+# ---- texts and ids ---------------------------------------------------------------------------------------------------------
+
+def test_ids_do_not_always_come_back_from_their_text(tok):
+    """Single bytes are a valid spelling, too: they decode to the text, whose own encoding is another, shorter one."""
+    text = "Anna has a red cat."
+    singles = [next(i for i in range(tok.vocab_size) if tok.token_bytes(i) == bytes([b])) for b in text.encode("utf-8")]
+    assert tok.decode(singles) == text == tok.decode(tok.encode(text)) and len(tok.encode(text)) < len(singles)
+
+
+def test_without_a_control_token_bpe_merges_across_the_seam(tok):
+    """Some word of the corpus, cut in two: its halves, encoded apart and joined, are other ids than the whole."""
+    words = ["Anna", "David", "number", "yellow", "likes", "much"]
+    assert any(tok.encode(word[:k]) + tok.encode(word[k:]) != tok.encode(word) for word in words for k in range(1, len(word)))
