@@ -46,10 +46,9 @@ def main(cfg):
               "sampling has more different 4-grams than beam search": lab.higher(figures["sampling distinct"], figures["beam distinct"])}
 
     def draw(plt):
-        for i, (what, label) in enumerate((("", "-log p a token, nats"), (" distinct", "different 4-grams, share"), (" repeated", "4-grams said before, share"))):
-            plt.subplot(1, 3, i + 1)
+        for i, (what, label) in enumerate((("", "-log p a token, nats"), (" distinct", "different 4-grams, share of all"))):
+            plt.subplot(1, 2, i + 1)
             lab.bars(plt, {way: figures[way + what] for way in ways}, label)
-            plt.xticks(rotation=45)
         plt.tight_layout()
     lab.finish(cfg, figures, claims, draw)
 
