@@ -47,7 +47,8 @@ def main(cfg):
     figures |= {f"{x:g} minus 1": runs for x, runs in gap.items() if x != 1}
     zero = [0.0] * cfg.seeds
     claims = {"twice the run is worse than the run": lab.higher(gap[2.0], zero), "1.5 times is worse": lab.higher(gap[1.5], zero),
-              "1.25 times is worse": lab.higher(gap[1.25], zero), "half the run is worse": lab.higher(gap[0.5], zero), "0.8 times is worse": lab.higher(gap[0.8], zero)}
+              "1.25 times is worse": lab.higher(gap[1.25], zero), "half the run is worse": lab.higher(gap[0.5], zero),
+              "0.8 times is worse": lab.higher(gap[0.8], zero)}
 
     def draw(plt):
         for seed in range(cfg.seeds):

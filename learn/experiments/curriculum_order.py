@@ -7,6 +7,9 @@ of their words, -sum log p(w), or the length of their documents; sample t is dra
 middle of the run. "random" is the same with c = 1 from the start. Campos finds no proxy better than chance on a larger corpus; CLIMB
 (Martinez et al. 2023) finds no consistent gain. So: is any order further from random than the seeds are from each other?
 English texts only: with two languages an order by rarity is mostly an order by language.
+
+What one sees: both orders from easy to hard end above random, and hard to easy a little below it. A narrow and easy beginning repeats
+the same few rows while the rate is highest; a hard one at least holds most words.
 """
 import numpy as np
 import torch
