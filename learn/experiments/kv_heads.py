@@ -27,10 +27,10 @@ def main(cfg):
         for seed in range(cfg.seeds):
             model = lab.tiny(tok.vocab_size, seed, n_heads=HEADS, n_kv_heads=n_kv_heads)
             lab.train(model, lab.windows(train_ids, seed=seed), cfg.steps(STEPS))
-            figures.setdefault(f"{name}: loss", []).append(lab.val_loss(model, val_ids))
-        figures[f"{name}: bytes a token"] = cache[name] = cache_bytes(model, val_ids[:64][None])
-        figures[f"{name}: parameters"] = parameter_count(model)["total"]
-    loss = {name: figures[f"{name}: loss"] for name in KINDS}
+            figures.setdefault(f"{name}, loss", []).append(lab.val_loss(model, val_ids))
+        figures[f"{name}, bytes a token"] = cache[name] = cache_bytes(model, val_ids[:64][None])
+        figures[f"{name}, parameters"] = parameter_count(model)["total"]
+    loss = {name: figures[f"{name}, loss"] for name in KINDS}
     claims = {"the cache shrinks with the heads, 8 to 2 to 1": [cache[name] / cache["MQA, 1 head"] for name in KINDS] == [8.0, 2.0, 1.0],
               "MQA ends above MHA": lab.higher(loss["MQA, 1 head"], loss["MHA, 8 heads"]),
               "GQA ends above MHA": lab.higher(loss["GQA, 2 heads"], loss["MHA, 8 heads"])}

@@ -51,15 +51,15 @@ def main(cfg):
         for seed in range(cfg.seeds):
             model = lab.tiny(tok.vocab_size, seed, variants=words)
             share = train(model, lab.windows(train_ids, seed=seed), cfg.steps(STEPS))
-            figures.setdefault(f"{name}: loss", []).append(lab.val_loss(model, val_ids))
+            figures.setdefault(f"{name}, loss", []).append(lab.val_loss(model, val_ids))
             if share is not None:
-                figures.setdefault(f"{name}: experts in use", []).append(used(model, look))
+                figures.setdefault(f"{name}, experts in use", []).append(used(model, look))
                 shares.setdefault(name, share)               # of the first seed
-        figures[f"{name}: parameters"] = parameter_count(model)["total"]
-        figures[f"{name}: FLOPs a token"] = flops_per_token(model, 64)
-    claims = {"without the balance loss fewer experts are in use": lab.higher(figures["balance 0.01: experts in use"], figures["no balance loss: experts in use"]),
-              "balanced experts end below the dense model at the same work a token": lab.higher(figures["dense: loss"], figures["balance 0.01: loss"]),
-              "the work a token is that of the dense model, to 3 %": figures["balance 0.01: FLOPs a token"] < 1.03 * figures["dense: FLOPs a token"]}
+        figures[f"{name}, parameters"] = parameter_count(model)["total"]
+        figures[f"{name}, FLOPs a token"] = flops_per_token(model, 64)
+    claims = {"without the balance loss fewer experts are in use": lab.higher(figures["balance 0.01, experts in use"], figures["no balance loss, experts in use"]),
+              "balanced experts end below the dense model at the same work a token": lab.higher(figures["dense, loss"], figures["balance 0.01, loss"]),
+              "the work a token is that of the dense model, to 3 %": figures["balance 0.01, FLOPs a token"] < 1.03 * figures["dense, FLOPs a token"]}
 
     def draw(plt):
         for i, (name, share) in enumerate(shares.items()):

@@ -43,19 +43,19 @@ def attention_entropy(model, inputs):
 def main(cfg):
     train_ids, val_ids, tok = lab.corpus()
     q, k = torch.randn(2, 256, D, generator=torch.Generator().manual_seed(0))
-    figures = {f"{name}, random vectors: entropy": entropy(q @ k.T * D**power) for name, power in POWERS.items()}
+    figures = {f"{name}, random vectors, entropy": entropy(q @ k.T * D**power) for name, power in POWERS.items()}
     curves, look = {}, lab.windows(val_ids, rows=64)(0)[0]
     for name, power in POWERS.items():
         for seed in range(cfg.seeds):
             model = with_power(lab.tiny(tok.vocab_size, seed, n_heads=1), power)
-            figures.setdefault(f"{name}, fresh model: entropy", []).append(attention_entropy(model, look))
+            figures.setdefault(f"{name}, fresh model, entropy", []).append(attention_entropy(model, look))
             losses = lab.train(model, lab.windows(train_ids, seed=seed), cfg.steps(STEPS))
-            figures.setdefault(f"{name}, trained: entropy", []).append(attention_entropy(model, look))
-            figures.setdefault(f"{name}: loss", []).append(lab.val_loss(model, val_ids))
+            figures.setdefault(f"{name}, trained, entropy", []).append(attention_entropy(model, look))
+            figures.setdefault(f"{name}, loss", []).append(lab.val_loss(model, val_ids))
             curves.setdefault(name, losses)                  # of the first seed
-    claims = {"on random vectors the product upside down leaves less than a tenth of a nat": figures["multiplied, random vectors: entropy"] < 0.1,
-              "the model with the factor upside down ends above the one that divides": lab.higher(figures["multiplied: loss"], figures["divided: loss"]),
-              "without any factor it ends above, too": lab.higher(figures["left out: loss"], figures["divided: loss"])}
+    claims = {"on random vectors the product upside down leaves less than a tenth of a nat": figures["multiplied, random vectors, entropy"] < 0.1,
+              "the model with the factor upside down ends above the one that divides": lab.higher(figures["multiplied, loss"], figures["divided, loss"]),
+              "without any factor it ends above, too": lab.higher(figures["left out, loss"], figures["divided, loss"])}
 
     def draw(plt):
         for name, losses in curves.items():

@@ -50,15 +50,15 @@ def main(cfg):
                 model, batch = model_of(kind, depth, tok.vocab_size, seed), lab.windows(train_ids, rows=8, length=32, seed=seed)
                 relative = gradients(model, *batch(10**6))
                 losses = lab.train(model, batch, cfg.steps(STEPS), RATE, warmup=0)
-                figures.setdefault(f"{name}: first block's gradient over the last's", []).append(relative[0])
-                figures.setdefault(f"{name}: loss", []).append(lab.val_loss(model, val_ids, length=32))
+                figures.setdefault(f"{name}, first block's gradient over the last's", []).append(relative[0])
+                figures.setdefault(f"{name}, loss", []).append(lab.val_loss(model, val_ids, length=32))
                 shape.setdefault(name, relative)             # of the first seed
                 curves.setdefault(name, losses)
     deep = DEPTHS[-1]
     claims = {"at depth post-norm's gradient is lopsided, smaller in the first block than in the last":
-              lab.mean(figures[f"post, {deep} blocks: first block's gradient over the last's"]) < 0.5,
-              "at depth post-norm ends above pre-norm": lab.higher(figures[f"post, {deep} blocks: loss"], figures[f"pre, {deep} blocks: loss"]),
-              "with few blocks it does not": not lab.higher(figures[f"post, {DEPTHS[0]} blocks: loss"], figures[f"pre, {DEPTHS[0]} blocks: loss"])}
+              lab.mean(figures[f"post, {deep} blocks, first block's gradient over the last's"]) < 0.5,
+              "at depth post-norm ends above pre-norm": lab.higher(figures[f"post, {deep} blocks, loss"], figures[f"pre, {deep} blocks, loss"]),
+              "with few blocks it does not": not lab.higher(figures[f"post, {DEPTHS[0]} blocks, loss"], figures[f"pre, {DEPTHS[0]} blocks, loss"])}
 
     def draw(plt):
         plt.subplot(1, 2, 1)

@@ -51,15 +51,15 @@ def main(cfg):
                 runs[f"{name}, {MORE} updates later"] = by_position(long, val_ids)
             for label, losses in runs.items():
                 for a, b in zip(EDGES, EDGES[1:]):
-                    figures.setdefault(f"{label}: {a}-{b - 1}", []).append(losses[a:b].mean().item())
+                    figures.setdefault(f"{label}, {a}-{b - 1}", []).append(losses[a:b].mean().item())
                 curves.setdefault(label, losses)             # of the first seed
     last = "192-255"
-    claims = {"plain RoPE fails in the last quarter": lab.higher(figures[f"plain: {last}"], figures["plain: 0-63"]),
-              "ntk and yarn fail less there": all(lab.higher(figures[f"plain: {last}"], figures[f"{k}: {last}"]) for k in ("ntk", "yarn")),
+    claims = {"plain RoPE fails in the last quarter": lab.higher(figures[f"plain, {last}"], figures["plain, 0-63"]),
+              "ntk and yarn fail less there": all(lab.higher(figures[f"plain, {last}"], figures[f"{k}, {last}"]) for k in ("ntk", "yarn")),
               "linear, untrained, is above plain at every length": all(
-                  lab.higher(figures[f"linear: {a}-{b - 1}"], figures[f"plain: {a}-{b - 1}"]) for a, b in zip(EDGES, EDGES[1:])),
-              "every scaling costs something within the old length": all(lab.mean(figures[f"{k}: 0-63"]) > lab.mean(figures["plain: 0-63"]) for k in list(KINDS)[1:]),
-              "a few updates at the new length mend plain RoPE in part": lab.higher(figures[f"plain: {last}"], figures[f"plain, {MORE} updates later: {last}"])}
+                  lab.higher(figures[f"linear, {a}-{b - 1}"], figures[f"plain, {a}-{b - 1}"]) for a, b in zip(EDGES, EDGES[1:])),
+              "every scaling costs something within the old length": all(lab.mean(figures[f"{k}, 0-63"]) > lab.mean(figures["plain, 0-63"]) for k in list(KINDS)[1:]),
+              "a few updates at the new length mend plain RoPE in part": lab.higher(figures[f"plain, {last}"], figures[f"plain, {MORE} updates later, {last}"])}
 
     def draw(plt):
         for name, losses in curves.items():

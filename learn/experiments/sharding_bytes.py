@@ -110,22 +110,22 @@ def main(cfg):
             torch.multiprocessing.spawn(worker, (way, port, folder), RANKS)
             seen = torch.load(f"{folder}/{way}.pt", weights_only=True)
             whole[way] = seen.pop("state")
-            figures |= {f"{way}: {part}": value for part, value in seen.items()}
+            figures |= {f"{way}, {part}": value for part, value in seen.items()}
     apart = {way: max((whole[way][k] - v).abs().max().item() for k, v in whole["DDP"].items()) for way in WAYS}
-    figures |= {f"{way}: bytes a parameter": sum(figures[f"{way}: {part}"] for part in ("weights", "gradients", "states")) for way in WAYS}
+    figures |= {f"{way}, bytes a parameter": sum(figures[f"{way}, {part}"] for part in ("weights", "gradients", "states")) for way in WAYS}
     claims = {"all four train the same weights, to 1e-5": max(apart.values()) < 1e-5,
-              "16 bytes a parameter with DDP, then about 12, 10 and 8": [round(figures[f"{way}: bytes a parameter"]) for way in WAYS] == [16, 12, 10, 8],
-              "ZeRO-1 and 2 send what DDP sends, to 1 %": all(abs(figures[f"{way}: sent"] / figures["DDP: sent"] - 1) < 0.01 for way in ("ZeRO-1", "ZeRO-2")),
-              "ZeRO-3 sends half as much again, about": 1.3 < figures["ZeRO-3: sent"] / figures["DDP: sent"] < 1.6}
+              "16 bytes a parameter with DDP, then about 12, 10 and 8": [round(figures[f"{way}, bytes a parameter"]) for way in WAYS] == [16, 12, 10, 8],
+              "ZeRO-1 and 2 send what DDP sends, to 1 %": all(abs(figures[f"{way}, sent"] / figures["DDP, sent"] - 1) < 0.01 for way in ("ZeRO-1", "ZeRO-2")),
+              "ZeRO-3 sends half as much again, about": 1.3 < figures["ZeRO-3, sent"] / figures["DDP, sent"] < 1.6}
 
     def draw(plt):
         below = [0.0] * len(WAYS)
         for part, colour in (("weights", "#4878a8"), ("gradients", "#dd8452"), ("states", "#8172b3")):
-            values = [figures[f"{way}: {part}"] for way in WAYS]
+            values = [figures[f"{way}, {part}"] for way in WAYS]
             plt.bar(WAYS, values, bottom=below, label=part, color=colour)
             below = [a + b for a, b in zip(below, values)]
         for i, way in enumerate(WAYS):
-            plt.annotate(f"sends {figures[f'{way}: sent']:.2f} Psi", (i, below[i]), ha="center", va="bottom")
+            plt.annotate(f"sends {figures[f'{way}, sent']:.2f} Psi", (i, below[i]), ha="center", va="bottom")
         plt.ylabel("bytes a parameter, one of two processes")
         plt.ylim(0, 19)
         plt.legend()

@@ -59,19 +59,19 @@ def main(cfg):
             model = lab.tiny(tok.vocab_size, seed, n_layers=3)
             lab.train(model, view(lab.windows(train_ids, seed=seed)), cfg.steps(STEPS))
             inputs, targets = view(lab.windows(val_ids, 32, LONG))(0)
-            figures.setdefault(f"{kind}: attention on the first token", []).append(on_first(model.eval(), inputs[:, :T]))
+            figures.setdefault(f"{kind}, attention on the first token", []).append(on_first(model.eval(), inputs[:, :T]))
             for name, variant in WINDOWS.items():
                 losses = streamed(model, variant, inputs, targets)
-                figures.setdefault(f"{kind}, {name}: loss before", []).append(losses[16:T].mean().item())
-                figures.setdefault(f"{kind}, {name}: loss beyond", []).append(losses[T:].mean().item())
+                figures.setdefault(f"{kind}, {name}, loss before", []).append(losses[16:T].mean().item())
+                figures.setdefault(f"{kind}, {name}, loss beyond", []).append(losses[T:].mean().item())
                 curves.setdefault(f"{kind}, {name}", losses)                              # of the first seed
-    beyond = {kind: [b - a for a, b in zip(figures[f"{kind}, window + sinks: loss beyond"], figures[f"{kind}, window: loss beyond"])]
+    beyond = {kind: [b - a for a, b in zip(figures[f"{kind}, window + sinks, loss beyond"], figures[f"{kind}, window, loss beyond"])]
               for kind in ("cut anywhere", "marked first")}
-    figures |= {f"{kind}: what sinks save beyond": gaps for kind, gaps in beyond.items()}
+    figures |= {f"{kind}, what sinks save beyond": gaps for kind, gaps in beyond.items()}
     zero = [0.0] * cfg.seeds
     claims = {"rows that are cut anywhere need no sinks": not lab.higher(beyond["cut anywhere"], zero),
               "rows with a marked first token teach the model to look at it": lab.higher(
-                  figures["marked first: attention on the first token"], figures["cut anywhere: attention on the first token"]),
+                  figures["marked first, attention on the first token"], figures["cut anywhere, attention on the first token"]),
               "then sinks lower the loss beyond the window": lab.higher(beyond["marked first"], zero)}
 
     def draw(plt):
@@ -83,7 +83,7 @@ def main(cfg):
         plt.xlabel("position; from the line on the window forgets")
         plt.ylabel("loss, nats")
         plt.legend(fontsize=7)
-    lab.finish(cfg, figures, claims, draw, within={f"{kind}: what sinks save beyond": 0.5 for kind in beyond})
+    lab.finish(cfg, figures, claims, draw, within={f"{kind}, what sinks save beyond": 0.5 for kind in beyond})
 
 
 if __name__ == "__main__":
