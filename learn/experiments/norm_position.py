@@ -32,40 +32,45 @@ def model_of(kind, depth, vocab_size, seed):
 
 
 def gradients(model, inputs, targets):
-    """Norm of each block's gradient in a fresh model, relative to the last one's."""
+    """Norm of the gradient of each block's down projection w2, in a fresh model."""
     loss, count, _ = cross_entropy(model(inputs), targets)
     (loss / count).backward()
-    norms = [torch.stack([p.grad.norm() for p in block.parameters()]).norm().item() for block in model.layers]
+    norms = [block.feed_forward.w2.weight.grad.norm().item() for block in model.layers]
     model.zero_grad()
-    return [norm / norms[-1] for norm in norms]
+    return norms
 
 
 def main(cfg):
     train_ids, val_ids, tok = lab.corpus()
-    figures, shape, curves = {}, {}, {}
+    figures, profile, curves = {}, {}, {}
     for depth in DEPTHS:
         for kind in ("pre", "post"):
             name = f"{kind}, {depth} blocks"
             for seed in range(cfg.seeds):
                 model, batch = model_of(kind, depth, tok.vocab_size, seed), lab.windows(train_ids, rows=8, length=32, seed=seed)
-                relative = gradients(model, *batch(10**6))
+                norms = gradients(model, *batch(10**6))
                 losses = lab.train(model, batch, cfg.steps(STEPS), RATE, warmup=0)
-                figures.setdefault(f"{name}, first block's gradient over the last's", []).append(relative[0])
+                figures.setdefault(f"{name}, gradient of the first block", []).append(norms[0])
+                figures.setdefault(f"{name}, gradient of the last block", []).append(norms[-1])
                 figures.setdefault(f"{name}, loss", []).append(lab.val_loss(model, val_ids, length=32))
-                shape.setdefault(name, relative)             # of the first seed
+                profile.setdefault(name, norms)              # of the first seed
                 curves.setdefault(name, losses)
     deep = DEPTHS[-1]
-    claims = {"at depth post-norm's gradient is lopsided, smaller in the first block than in the last":
-              lab.mean(figures[f"post, {deep} blocks, first block's gradient over the last's"]) < 0.5,
+    last = {name: lab.mean(figures[f"{name}, gradient of the last block"]) for name in profile}
+    figures["post over pre, last of 16 blocks"] = last[f"post, {deep} blocks"] / last[f"pre, {deep} blocks"]
+    figures["post over pre, last of 2 blocks"] = last[f"post, {DEPTHS[0]} blocks"] / last[f"pre, {DEPTHS[0]} blocks"]
+    claims = {"at depth the last block's gradient is more than twice as large with post-norm": figures["post over pre, last of 16 blocks"] > 2,
+              "with 2 blocks it is not": figures["post over pre, last of 2 blocks"] < 2,
               "at depth post-norm ends above pre-norm": lab.higher(figures[f"post, {deep} blocks, loss"], figures[f"pre, {deep} blocks, loss"]),
-              "with few blocks it does not": not lab.higher(figures[f"post, {DEPTHS[0]} blocks, loss"], figures[f"pre, {DEPTHS[0]} blocks, loss"])}
+              "with 2 blocks it does not": not lab.higher(figures[f"post, {DEPTHS[0]} blocks, loss"], figures[f"pre, {DEPTHS[0]} blocks, loss"])}
 
     def draw(plt):
+        plt.figure(figsize=(8, 3.2))
         plt.subplot(1, 2, 1)
         for kind in ("pre", "post"):
-            plt.semilogy(range(1, deep + 1), shape[f"{kind}, {deep} blocks"], label=f"{kind}-norm")
+            plt.semilogy(range(1, deep + 1), profile[f"{kind}, {deep} blocks"], label=f"{kind}-norm")
         plt.xlabel("block of a fresh model")
-        plt.ylabel("gradient, last block = 1")
+        plt.ylabel("gradient of w2, norm")
         plt.legend()
         plt.subplot(1, 2, 2)
         for name, losses in curves.items():

@@ -16,7 +16,7 @@ from learn import lab
 from nanollm.model import ModelArgs, apply_rope
 from nanollm.variants import build
 
-T, LONG, STEPS = 64, 256, 450
+T, LONG, STEPS = 64, 256, 300
 WINDOWS = {"window": "sliding_window:window=64,sinks=0", "window + sinks": "sliding_window:window=60,sinks=4"}
 
 
