@@ -5,6 +5,8 @@
 A gate sends each token to one of 8 feed-forwards (Switch: Fedus et al. 2021). The expert that is chosen learns, so it is chosen more:
 without a second loss, balance * E * sum_i f_i P_i (eq. 4), some experts starve. The dense model beside it does the same work per token
 with one feed-forward instead of eight. Counted on held-out text: how many experts are used, exp(entropy of their shares), and the loss.
+What one sees: half of the experts starve without the second loss. But not what folklore promises: within 200 updates the dense model ends
+lower, for each expert has learnt from an eighth of the tokens, and balance alone buys no loss yet.
 """
 import torch
 
@@ -57,9 +59,11 @@ def main(cfg):
                 shares.setdefault(name, share)               # of the first seed
         figures[f"{name}, parameters"] = parameter_count(model)["total"]
         figures[f"{name}, FLOPs a token"] = flops_per_token(model, 64)
+    loss = {name: figures[f"{name}, loss"] for name in KINDS}
     claims = {"without the balance loss fewer experts are in use": lab.higher(figures["balance 0.01, experts in use"], figures["no balance loss, experts in use"]),
-              "balanced experts end below the dense model at the same work a token": lab.higher(figures["dense, loss"], figures["balance 0.01, loss"]),
-              "the work a token is that of the dense model, to 3 %": figures["balance 0.01, FLOPs a token"] < 1.03 * figures["dense, FLOPs a token"]}
+              "the work a token is that of the dense model, to 3 %": figures["balance 0.01, FLOPs a token"] < 1.03 * figures["dense, FLOPs a token"],
+              "in so short a run the experts, who share the tokens out, end above the dense model": lab.higher(loss["balance 0.01"], loss["dense"]),
+              "balance does not yet show in the loss": not lab.higher(loss["no balance loss"], loss["balance 0.01"])}
 
     def draw(plt):
         for i, (name, share) in enumerate(shares.items()):

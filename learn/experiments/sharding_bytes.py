@@ -28,10 +28,12 @@ class Sent(TorchDispatchMode):
     numbers = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "c10d" and "barrier" not in func.name():
-            tensors = []
-            torch.utils._pytree.tree_map_only(torch.Tensor, tensors.append, args)
-            self.numbers += max(t.numel() for t in tensors) * (2 if "allreduce" in func.name() else 1) if "list" not in func.name() else 0
+        if func.namespace == "c10d":
+            tensors = [t for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
+            whole = max(t.numel() for t in tensors)
+            if func.name() in ("c10d::reduce_scatter_", "c10d::allgather_"):                 # they take a list of parts
+                whole *= RANKS
+            self.numbers += whole * (2 if "allreduce" in func.name() else 1)
         return func(*args, **(kwargs or {}))
 
 

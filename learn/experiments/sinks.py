@@ -4,8 +4,9 @@
 
 Softmax weights add up to 1, so a head with nothing to say must put its weight somewhere; large models put it on the first tokens and
 break when a sliding window drops them (StreamingLLM, Xiao et al. 2023, arXiv:2309.17453). Here: how much attention a small model pays
-to its first token, more than to others as far away; and its loss while it reads a text of 256 tokens with 64 positions, a window of 60
-with 4 sinks against a window of 64 without. Trained twice: rows cut anywhere, as usual, and rows that all begin with <|endoftext|>.
+to its first token, as a multiple of an even share; and its loss while it reads 256 tokens with 64 positions, a window of 60 with 4 sinks
+against a window of 64 without. Trained twice: rows cut anywhere, as usual, and rows that all begin with <|endoftext|>. What one sees is
+not what the paper saw: a model this small has no sinks yet, and the window alone costs next to nothing. Sinks come with size and training.
 """
 import dataclasses
 
@@ -68,11 +69,11 @@ def main(cfg):
     beyond = {kind: [b - a for a, b in zip(figures[f"{kind}, window + sinks, loss beyond"], figures[f"{kind}, window, loss beyond"])]
               for kind in ("cut anywhere", "marked first")}
     figures |= {f"{kind}, what sinks save beyond": gaps for kind, gaps in beyond.items()}
-    zero = [0.0] * cfg.seeds
-    claims = {"rows that are cut anywhere need no sinks": not lab.higher(beyond["cut anywhere"], zero),
-              "rows with a marked first token teach the model to look at it": lab.higher(
-                  figures["marked first, attention on the first token"], figures["cut anywhere, attention on the first token"]),
-              "then sinks lower the loss beyond the window": lab.higher(beyond["marked first"], zero)}
+    first_share = max(lab.mean(figures[f"{kind}, attention on the first token"]) for kind in beyond)
+    claims = {"this small model pays its first token less than twice an even share": first_share < 2,
+              "a window that forgets it does not break: it costs less than 3 %": all(
+                  lab.mean(gaps) < 0.03 * lab.mean(figures[f"{kind}, window + sinks, loss beyond"]) for kind, gaps in beyond.items()),
+              "sinks save more where the first token was marked in training": lab.higher(beyond["marked first"], beyond["cut anywhere"])}
 
     def draw(plt):
         for name, losses in curves.items():
