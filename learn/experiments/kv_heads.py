@@ -1,6 +1,6 @@
 """What do fewer key and value heads cost, and what do they save?
 
-    python -m learn.experiments.kv_heads                   a minute and a half on one core
+    python -m learn.experiments.kv_heads                   about a minute on one core
 
 Every query head has its own keys and values (multi-head attention), or several share them (grouped-query, Ainslie et al. 2023), or all
 share one (multi-query, Shazeer 2019). The cache of a text holds keys and values only, so it shrinks with their heads; the question is

@@ -1,6 +1,6 @@
 """What happens beyond the length that RoPE was trained on?
 
-    python -m learn.experiments.rope_length                a minute and a half on one core
+    python -m learn.experiments.rope_length                about a minute on one core
 
 Positions are rotations; beyond the trained length the slow pairs reach angles that the model has never seen. A model trained on rows of
 64 tokens reads rows of 256, as it is and with the frequencies squeezed by 4: linear (Chen et al. 2023, arXiv:2306.15595), ntk and yarn

@@ -1,6 +1,6 @@
 """What does each of two processes hold and send, with DDP and with ZeRO-1, 2 and 3?
 
-    python -m learn.experiments.sharding_bytes             half a minute on one core: two processes (gloo), the same training four ways
+    python -m learn.experiments.sharding_bytes             15 seconds: two processes (gloo), the same training four ways
 
 ZeRO (Rajbhandari et al. 2020, section 5) cuts first the optimizer's states, then the gradients, then the weights over the processes.
 DDP and stage 1 are the project's (dist.py, zero.py), stage 3 is PyTorch's FSDP2 (parallel.py), stage 2 is written out below. Held is what
