@@ -58,7 +58,8 @@ def main(cfg):
               "ntk and yarn fail less there": all(lab.higher(figures[f"plain, {last}"], figures[f"{k}, {last}"]) for k in ("ntk", "yarn")),
               "linear, untrained, is above plain at every length": all(
                   lab.higher(figures[f"linear, {a}-{b - 1}"], figures[f"plain, {a}-{b - 1}"]) for a, b in zip(EDGES, EDGES[1:])),
-              "every scaling costs something within the old length": all(lab.mean(figures[f"{k}, 0-63"]) > lab.mean(figures["plain, 0-63"]) for k in list(KINDS)[1:]),
+              "every scaling costs something within the old length": all(
+                  lab.mean(figures[f"{k}, 0-63"]) > lab.mean(figures["plain, 0-63"]) for k in list(KINDS)[1:]),
               "a few updates at the new length mend plain RoPE in part": lab.higher(figures[f"plain, {last}"], figures[f"plain, {MORE} updates later, {last}"])}
 
     def draw(plt):

@@ -1,6 +1,6 @@
 """Does a window of attention need the first tokens?
 
-    python -m learn.experiments.sinks                      a minute and a half on one core
+    python -m learn.experiments.sinks                      about a minute on one core
 
 Softmax weights add up to 1, so a head with nothing to say must put its weight somewhere; large models put it on the first tokens and
 break when a sliding window drops them (StreamingLLM, Xiao et al. 2023, arXiv:2309.17453). Here: how much attention a small model pays
@@ -17,7 +17,7 @@ from learn import lab
 from nanollm.model import ModelArgs, apply_rope
 from nanollm.variants import build
 
-T, LONG, STEPS = 64, 256, 300
+T, LONG, STEPS = 64, 256, 260
 WINDOWS = {"window": "sliding_window:window=64,sinks=0", "window + sinks": "sliding_window:window=60,sinks=4"}
 
 
@@ -57,7 +57,7 @@ def main(cfg):
     for kind in ("cut anywhere", "marked first"):
         view = (lambda batch: first(batch, tok.eos_id)) if kind == "marked first" else (lambda batch: batch)
         for seed in range(cfg.seeds):
-            model = lab.tiny(tok.vocab_size, seed, n_layers=3)
+            model = lab.tiny(tok.vocab_size, seed)
             lab.train(model, view(lab.windows(train_ids, seed=seed)), cfg.steps(STEPS))
             inputs, targets = view(lab.windows(val_ids, 32, LONG))(0)
             figures.setdefault(f"{kind}, attention on the first token", []).append(on_first(model.eval(), inputs[:, :T]))
