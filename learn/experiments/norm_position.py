@@ -4,9 +4,9 @@
 
 Pre-norm, x + f(norm(x)), leaves a path from the output to the first block on which nothing is scaled; post-norm, norm(x + f(x)), the
 first transformer's, scales the gradient once more at every block. Both at two depths, with the initialisation of that time (Glorot &
-Bengio 2010; the present small one hides the difference), without warmup: Xiong et al. 2020, arXiv:2002.04745, figures 2 and 3. What one
-sees: with 2 blocks post-norm learns faster, with 16 it falls behind. In a fresh model nothing vanishes or explodes; but pre-norm's later
-blocks get smaller gradients the deeper the model is, post-norm's last block does not, and at this rate without warmup it gets stuck.
+Bengio 2010) and without warmup: Xiong et al. 2020, arXiv:2002.04745, figures 2 and 3. What one sees: with 2 blocks post-norm learns
+faster, with 16 it falls behind. In a fresh model nothing vanishes or explodes; but pre-norm's later blocks get smaller gradients the
+deeper the model is, post-norm's last block does not, and at this rate without warmup it gets stuck.
 """
 import torch
 
