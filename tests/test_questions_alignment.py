@@ -6,12 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import chats, pairs, tiny_lm
-from nanollm import evaluation
+from conftest import pairs, tiny_lm
 from nanollm.data import ChatRows, PreferenceRows, fit_chat
 from nanollm.generate import generate_batch
 from nanollm.losses import IGNORE_INDEX, cross_entropy, divergence_loss, reward_loss
-from nanollm.model import KVCache, ModelArgs, RewardModel, Transformer, parameter_count
+from nanollm.model import ModelArgs, RewardModel, Transformer, parameter_count
 from nanollm.optim import make_optimizer
 from nanollm.tokenizer import render
 
@@ -151,7 +150,7 @@ def test_q_learning_finds_the_discounted_future_reward():
     """Q195: four states in a row, left or right, reward 1 on reaching the last. Q(s, a) is moved towards r + gamma max over all actions of
     Q(s', .), and ends at gamma^k with k steps still to go after this one."""
     gamma, Q, g = 0.9, torch.zeros(4, 2), torch.Generator().manual_seed(0)
-    for _ in range(300):
+    for _ in range(150):
         s = 0
         while s < 3:
             a = torch.randint(2, (), generator=g).item()     # explore; off-policy: what is learnt is the best policy, not this one
@@ -196,7 +195,7 @@ def test_the_notes_reward_model_has_143_million_parameters():
     with torch.device("meta"):
         model = RewardModel(ModelArgs(dim=512, n_layers=24, n_heads=8, vocab_size=32008, hidden_dim=2752))
     assert model.v_head.weight.shape == (1, 512) and model.v_head.bias is None
-    assert parameter_count(model)["total"] == 32008 * 512 + 24 * (4 * 512**2 + 3 * 512 * 2752 + 2 * 512) + 512 + 512 == 143_028_224
+    assert parameter_count(model)["total"] == 32008 * 512 + 24 * (4 * 512**2 + 3 * 512 * 2752 + 2 * 512) + 512 + 512 == 143_029_248
 
 
 def test_one_label_in_five_wrong_holds_the_margin_at_ln_4():
@@ -222,4 +221,4 @@ def test_a_constant_no_scores_0_on_primes_and_100_on_composites():
         return sum(says == p for p in asked) / len(asked)
     assert [accuracy(False, True), accuracy(False, False), accuracy(True, True), accuracy(True, False)] == [0, 1, 1, 0]
     both = sum(not p for p in prime) / len(prime)
-    assert 0.8 < both < 0.9                                  # on all numbers "no" alone is right in 865 of 1,000
+    assert both == 0.865                                     # on all numbers "no" alone is right in 865 of 1,000

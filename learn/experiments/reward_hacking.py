@@ -55,7 +55,7 @@ def main(cfg):
                      "KL": kl_k1(log_probs(policy, ids), log_probs(start, ids)).sum(1).mean().item(),
                      "repeated 4-grams": lab.mean([repetition(row) for row in ids[:, OPENING:].tolist()])}
         for what, value in found.items():
-            figures.setdefault(f"{name}: {what}", []).append(value)
+            figures.setdefault(f"{what}, {name}", []).append(value)
         shown.setdefault(name, tok.decode(ids[3].tolist()))
 
     for seed in range(cfg.seeds):
@@ -86,10 +86,10 @@ def main(cfg):
     for name, text in shown.items():
         print(f"  {name}: {text!r}")
     free, held = f"beta {BETAS[0]:g}", f"beta {BETAS[1]:g}"
-    claims = {"both raise the reward": all(lab.higher(figures[f"{name}: reward"], figures["at the start: reward"]) for name in (free, held)),
-              "without the leash the reward is higher": lab.higher(figures[f"{free}: reward"], figures[f"{held}: reward"]),
-              "without the leash the judge finds the text less likely": lab.higher(figures[f"{free}: judge's nats a token"], figures[f"{held}: judge's nats a token"]),
-              "without the leash the text repeats itself more": lab.higher(figures[f"{free}: repeated 4-grams"], figures[f"{held}: repeated 4-grams"])}
+    claims = {"both raise the reward": all(lab.higher(figures[f"reward, {name}"], figures["reward, at the start"]) for name in (free, held)),
+              "without the leash the reward is higher": lab.higher(figures[f"reward, {free}"], figures[f"reward, {held}"]),
+              "without the leash the judge finds the text less likely": lab.higher(figures[f"judge's nats a token, {free}"], figures[f"judge's nats a token, {held}"]),
+              "without the leash the text repeats itself more": lab.higher(figures[f"repeated 4-grams, {free}"], figures[f"repeated 4-grams, {held}"])}
 
     def draw(plt):
         for i, label in enumerate((f'reward: "{WORD}" in {LENGTH} tokens', "independent judge, nats a token")):
