@@ -1,6 +1,6 @@
 """What happens in reinforcement learning without the KL leash?
 
-    python -m learn.experiments.reward_hacking             a minute and a half on one core
+    python -m learn.experiments.reward_hacking             a minute on one core
 
 A reward is a stand-in for what one means. Here we mean "mention the colour red in a good text", and the reward counts the token
 " red". A small language model goes on with openings of held-out texts; REINFORCE raises the expected reward minus beta times the KL to
@@ -18,11 +18,11 @@ import torch
 from learn import lab
 from nanollm.generate import generate_batch
 from nanollm.metrics import repetition
-from nanollm.optim import make_optimizer
+from nanollm.optim import get_lr, make_optimizer
 from nanollm.rl import kl_k1
 
 WORD, BETAS = " red", (0.0, 0.5)
-ROLLOUTS, ANSWERS, LENGTH, RATE = 60, 64, 24, 2e-3
+ROLLOUTS, ANSWERS, LENGTH, RATE = 45, 64, 24, 1.5e-3         # the rate falls to 0: with a constant one Adam's steps keep the policy away from ref
 OPENING = 8
 
 
@@ -43,7 +43,7 @@ def main(cfg):
     word, = tok.encode(WORD)                                 # one token of this vocabulary
     start, judge = (lab.tiny(tok.vocab_size, seed) for seed in (0, 99))
     for seed, model in ((0, start), (99, judge)):
-        lab.train(model, lab.windows(train_ids, seed=seed), cfg.steps(500))
+        lab.train(model, lab.windows(train_ids, seed=seed), cfg.steps(450))
         model.eval().requires_grad_(False)
     figures, curves, shown = {}, {}, {}
 
@@ -67,7 +67,9 @@ def main(cfg):
             policy.load_state_dict(start.state_dict())
             policy.eval()                                    # no dropout; it is trained all the same
             optimizer = make_optimizer(policy, "adamw", RATE)
-            for step in range(cfg.steps(ROLLOUTS)):
+            for step in range(steps := cfg.steps(ROLLOUTS)):
+                for group in optimizer.param_groups:
+                    group["lr"] = get_lr(step, RATE, 0.0, 0, steps)
                 at = torch.randint(len(train_ids) - OPENING, (ANSWERS,), generator=torch.Generator().manual_seed(1_000_003 * seed + step))
                 ids = write(policy, [train_ids[i : i + OPENING].tolist() for i in at], tok, 1_000_003 * seed + step)
                 logps = log_probs(policy, ids)                                                        # (B, LENGTH)
