@@ -21,7 +21,7 @@ from nanollm.losses import IGNORE_INDEX
 from nanollm.optim import get_lr, make_optimizer
 from nanollm.tokenizer import render
 
-STEPS, ROWS, RATE = 200, 16, 4e-3
+STEPS, ROWS, RATE = 120, 16, 4e-3
 SHORT, LONG = 20, 40                                         # tokens: at most, at least
 SPLITS = {"sum / tokens": 0, "means of 4 chats": 4, "means of 1 chat": 1}
 
@@ -53,8 +53,8 @@ def weights(targets, size):
 
 
 def main(cfg):
-    tok, length = lab.tokenizer(512, "en"), 96
-    (inputs, targets), (val_inputs, val_targets) = (chats(n, seed, tok, length) for n, seed in ((2000, 0), (300, 1)))
+    tok, length = lab.tokenizer(512, "en"), 88
+    (inputs, targets), (val_inputs, val_targets) = (chats(n, seed, tok, length) for n, seed in ((1200, 0), (200, 1)))
     size = (val_targets != IGNORE_INDEX).sum(1)
     kinds = {"all": size > 0, "short": size <= SHORT, "long": size >= LONG}
     figures = {"tokens of a short answer": size[kinds["short"]].float().mean(), "tokens of a long answer": size[kinds["long"]].float().mean()}

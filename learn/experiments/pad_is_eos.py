@@ -23,7 +23,7 @@ from nanollm.generate import generate_batch
 from nanollm.losses import IGNORE_INDEX
 from nanollm.tokenizer import render
 
-STEPS, ROWS = 300, 16
+STEPS, ROWS = 250, 16
 NEW_TOKENS = 40
 TASKS = ("colour", "opposite", "translate")                  # short questions with one right answer
 KINDS = ("own pad", "by id", "by place")
@@ -56,7 +56,7 @@ def main(cfg):
     answers = [[i for i, m in zip(ids, mask) if m] for ids, mask in held_out]                # each ends with the end token
     for kind in KINDS:
         inputs, targets = (torch.tensor(x) for x in zip(*(example(ids, mask, kind, tok, length) for ids, mask in train)))       # (N, T)
-        for seed in range(cfg.seeds):
+        for seed in range(cfg.seeds if kind != "by place" else 1):                       # one is enough to see that it is the same run
             def batch(step):
                 rows = torch.randint(len(inputs), (ROWS,), generator=torch.Generator().manual_seed(1_000_003 * seed + step))
                 return inputs[rows], targets[rows]
@@ -73,7 +73,7 @@ def main(cfg):
     stops = {kind: figures[f"stops, {kind}"] for kind in KINDS}
     claims = {"by id: no answer ends": max(stops["by id"]) == 0,
               "by place: the run with a pad of its own, number for number":
-                  all(figures[f"{what}, own pad"] == figures[f"{what}, by place"] for what in ("stops", "tokens", "p(end)", "right"))}
+                  all(figures[f"{what}, own pad"][0] == figures[f"{what}, by place"][0] for what in ("stops", "tokens", "p(end)", "right"))}
     if cfg.scale == 1:
         claims |= {"own pad: nearly every answer ends": min(stops["own pad"]) > 0.95,
                    "by id answers as rightly as the others, not counting the end": not lab.higher(figures["right, own pad"], figures["right, by id"])}
