@@ -52,9 +52,9 @@ def main(cfg):
             lab.train(model, lab.windows(new, seed=seed), cfg.steps(STEPS), rate, warmup=10, each=each)
             each(EVERY - 1, model)                       # where it ends
             for what, value in (("Chinese", points[-1][0]), ("English", points[-1][1]), (f"English at Chinese {TARGET:g}", crossing(points))):
-                figures.setdefault(f"{name}: {what}", []).append(value)
+                figures.setdefault(f"{name}, {what}", []).append(value)
             curves.setdefault(name, points)              # of the first seed
-    end = lambda name, what: figures[f"{name}: {what}"]
+    end = lambda name, what: figures[f"{name}, {what}"]
     at = f"English at Chinese {TARGET:g}"
     claims = {"at the same rate LoRA forgets less than full fine-tuning": lab.higher(end("full 1e-2", "English"), end("lora 1e-2", "English")),
               "and learns less": lab.higher(end("lora 1e-2", "Chinese"), end("full 1e-2", "Chinese")),

@@ -67,14 +67,14 @@ def main(cfg):
                 loss.backward()
                 optimizer.step()
             for what, value in zip(("chosen", "rejected", "accuracy"), moved[-1][1:]):
-                figures.setdefault(f"{name}: {what}", []).append(value)
+                figures.setdefault(f"{name}, {what}", []).append(value)
             curves.setdefault(name, moved)               # of the first seed
-    alike, apart, held = (figures[f"{name}: chosen"] for name in ARMS)
+    alike, apart, held = (figures[f"{name}, chosen"] for name in ARMS)
     claims = {"the chosen answers become less likely where one token differs": lab.higher([0.0] * len(alike), alike),
               "they become less likely where the rejected answer is another text": lab.higher([0.0] * len(apart), apart),
               "they fall further where the two answers are more alike": lab.higher(apart, alike),
               "their own cross-entropy holds them: they fall less with rpo_alpha": lab.higher(held, alike),
-              "in all three the accuracy on new pairs rises above 0.7": min(min(figures[f"{name}: accuracy"]) for name in ARMS) > 0.7}
+              "in all three the accuracy on new pairs rises above 0.7": min(min(figures[f"{name}, accuracy"]) for name in ARMS) > 0.7}
 
     def draw(plt):
         for (name, moved), colour in zip(curves.items(), ("#c04040", "#4878a8", "#50a050")):

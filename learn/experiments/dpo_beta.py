@@ -75,9 +75,9 @@ def main(cfg):
                 (loss / count).backward()
                 optimizer.step()
             for what, value in ((f"gap after {EVERY}", gaps[1][1]), ("gap", gaps[-1][1]), ("accuracy", gaps[-1][2]), ("KL", distance(policy, base, val_ids))):
-                figures.setdefault(f"{beta:g}: {what}", []).append(value)
+                figures.setdefault(f"beta {beta:g}, {what}", []).append(value)
             curves.setdefault(beta, gaps)                # of the first seed
-    of = lambda what: [figures[f"{beta:g}: {what}"] for beta in BETAS]
+    of = lambda what: [figures[f"beta {beta:g}, {what}"] for beta in BETAS]
     claims = {"the larger beta, the nearer the policy stays to the reference": all(lab.higher(a, b) for a, b in zip(of("KL"), of("KL")[1:])),
               "the larger beta, the smaller the gap at the end": all(lab.higher(a, b) for a, b in zip(of("gap"), of("gap")[1:])),
               f"after {EVERY} updates a larger beta has opened a wider gap (the notes)": lab.higher(of(f"gap after {EVERY}")[-1], of(f"gap after {EVERY}")[0])}
@@ -90,7 +90,7 @@ def main(cfg):
         left.set_ylabel("gap of the log-ratios on new pairs, nats")
         left.legend()
         plt.sca(right)
-        lab.bars(plt, {f"{beta:g}": figures[f"{beta:g}: KL"] for beta in BETAS}, "KL(policy || reference), nats an answer")
+        lab.bars(plt, {f"{beta:g}": figures[f"beta {beta:g}, KL"] for beta in BETAS}, "KL(policy || reference), nats an answer")
         right.set_xlabel("beta")
         plt.gcf().tight_layout()
     lab.finish(cfg, figures, claims, draw)
