@@ -106,7 +106,8 @@ def test_a_pair_is_one_prompt_two_answers_with_their_end_tokens_padded_on_the_ri
     rows = PreferenceRows([(f"f:{i}", row) for i, row in enumerate(pairs(3))], tok, 160)
     inputs, targets, *_ = rows.batch(range(3))
     for i, (prompt, chosen, rejected) in enumerate(rows.pairs):
-        assert tok.decode(prompt).endswith("<|im_start|>assistant\n") and prompt[0] == tok.im_start_id
+        header = [tok.im_start_id, *tok.encode("assistant\n")]
+        assert prompt[0] == tok.im_start_id and prompt[-len(header):] == header
         assert chosen[-1] == rejected[-1] == tok.im_end_id and chosen != rejected
         for row, answer in ((i, chosen), (3 + i, rejected)):
             n = len(prompt) + len(answer)
@@ -189,16 +190,16 @@ def test_prompt_tuning_trains_n_vectors_that_end_as_no_words_embedding():
 
 
 def test_with_as_many_numbers_a_prompt_in_every_layer_learns_more_than_one_at_the_input():
-    """P-tuning v2 against prompt tuning, 640 numbers each, on a small model, each at the best of three rates."""
+    """P-tuning v2 against prompt tuning, 640 numbers each, on a small model, each at the better of two rates."""
     best = {}
     for method, n in (("prompt", 20), ("ptuning_v2", 10)):   # n C = 20 * 32; 2 n L G D = 2 * 10 * 2 * 16
         ends = []
-        for rate in (0.01, 0.03, 0.1):
+        for rate in (0.03, 0.1):
             torch.manual_seed(0)
             model = tiny_lm()
             add_adapter(model, method, n=n)
             assert sum(p.numel() for p in trained(model).values()) == 640
-            ends.append(fit(model, IDS[:, :-1], IDS[:, 1:], rate, 40))
+            ends.append(fit(model, IDS[:, :-1], IDS[:, 1:], rate, 25))
         best[method] = min(ends)
     assert best["ptuning_v2"] < best["prompt"] - 0.05
 
