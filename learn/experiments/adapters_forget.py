@@ -6,6 +6,9 @@ A base that knows English well and Chinese a little is tuned on Chinese only; ho
 less and forgets less" (Biderman et al. 2024), and who learns less forgets less anyway. So it is not enough to compare the ends of two
 runs: full fine-tuning is run at three learning rates, and for every run both losses are measured on the way. The fair question
 is how high the English loss stands at the moment when the Chinese loss has come down to TARGET.
+
+At one rate for both, full fine-tuning learns more and forgets far more. But a small rate cures that: with as much Chinese learnt, full
+fine-tuning at 3e-4 has kept as much English as LoRA at 3e-3, and a little more. It is the step that forgets, not the number of weights.
 """
 import copy
 
