@@ -8,7 +8,8 @@ runs: full fine-tuning is run at three learning rates, and for every run both lo
 is how high the English loss stands at the moment when the Chinese loss has come down to TARGET.
 
 At one rate for both, full fine-tuning learns more and forgets far more. But a small rate cures that: with as much Chinese learnt, full
-fine-tuning at 3e-4 has kept as much English as LoRA at 3e-3, and a little more. It is the step that forgets, not the number of weights.
+fine-tuning at 3e-4 has kept as much English as LoRA at 3e-3, and a little more: what is forgotten
+hangs on the step more than on the number of weights.
 """
 import copy
 
