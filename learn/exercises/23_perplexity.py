@@ -3,8 +3,8 @@
 中文：实现困惑度：所有文本所有词元的负对数概率取总平均，再取指数。
 
 The loss of a token is -log of the probability that the model gave to it. Its mean over a text, put into exp, is the perplexity: a model
-that always hesitates evenly between k tokens has perplexity k. The mean goes over all tokens of all texts. The mean of the texts' means, or of their perplexities, is
-something else, which short texts dominate. Evaluation neither drops out neurons nor needs gradients.
+that always hesitates evenly between k tokens has perplexity k. The mean goes over all tokens of all texts. The mean of the texts' means,
+or of their perplexities, is something else, which short texts dominate. Evaluation neither drops out neurons nor needs gradients.
 
     perplexity = exp( - (1 / N) * sum over all texts and tokens of log p(token | the tokens before it) )
 

@@ -186,7 +186,7 @@ def difference(got, want, axes=""):
         factor = ratio.mean().item()
         if abs(factor + 1) < 1e-3:
             return "has the wrong sign"
-        return f"is {factor:.4g} times too large: a factor is missing" if abs(factor) > 1 else f"is {1 / factor:.4g} times too small: a factor is missing or stands twice"
+        return f"is {factor:.4g} times too large, everywhere" if abs(factor) > 1 else f"is {1 / factor:.4g} times too small, everywhere"
     if got.numel() > 1 and (got - want - (got - want).mean()).abs().max() < 1e-3 * (got - want).mean().abs():
         return f"is {(got - want).mean().item():+.4g} away from what it should be, everywhere: a constant is missing"
     wrong = ~torch.isclose(got, want, rtol=1e-4, atol=1e-5 * want[want.isfinite()].abs().max().item())

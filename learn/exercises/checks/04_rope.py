@@ -35,9 +35,10 @@ def rotation(attempt):
     angle, even = torch.outer(at.float(), freq(2 * i / D)), x.unflatten(-1, (-1, 2))
     pairs = turned(torch.cat((even[..., 0], even[..., 1]), -1), angle)
     interleaved = torch.stack(pairs.chunk(2, -1), -1).flatten(-2)
-    mirrored = torch.cat((x.chunk(2, -1)[0] * angle.cos() + x.chunk(2, -1)[1] * angle.sin(), x.chunk(2, -1)[1] * angle.cos() + x.chunk(2, -1)[0] * angle.sin()), -1)
+    x1, x2 = x.chunk(2, -1)
+    mirrored = torch.cat((x1 * angle.cos() + x2 * angle.sin(), x2 * angle.cos() + x1 * angle.sin()), -1)
     same(attempt(x, at), reference(x, at), "the result", "B H T D", {
-        "the pairs are (x_0, x_1), (x_2, x_3), …, as in the paper and in GPT-J; here they are (x_i, x_{i + D/2}), halves, as Hugging Face has it": interleaved,
+        "the pairs are (x_0, x_1), (x_2, x_3), …, as in the paper and in GPT-J; here they are halves, (x_i, x_{i + D/2}), as in Hugging Face": interleaved,
         "it turns the other way: a sign is swapped, the first half is x1 cos - x2 sin": turned(x, angle, -1),
         "a minus is missing: with + in both halves nothing is rotated": mirrored,
         "the exponent is -i / D and should be -2i / D: the frequencies fall too slowly": turned(x, torch.outer(at.float(), freq(i / D))),

@@ -55,7 +55,8 @@ def past_only(attempt):
     same(before, reference(q, k, v), "the result", AXES, {
         "leaks the future: no mask is applied, so every token sees the whole text; fill the scores above the diagonal with -inf":
             wrong(q, k, v, mask="none"),
-        "leaks the future: the mask comes after the softmax, so later tokens still count in its denominator; mask the scores before": wrong(q, k, v, mask="after"),
+        "leaks the future: the mask comes after the softmax, so later tokens still count in its denominator; mask the scores before":
+            wrong(q, k, v, mask="after"),
         "leaks the future: a masked score must be -inf; 0 still gets the weight exp(0) = 1": wrong(q, k, v, mask="times"),
         "leaks the future: the mask is upside down, tokens see only what comes later": wrong(q, k, v, mask="future"),
         "leaks the future, and 1 / sqrt(D) is missing": wrong(q, k, v, scale=1, mask="none")})

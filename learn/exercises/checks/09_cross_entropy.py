@@ -33,9 +33,11 @@ def total(attempt):
     same(got, nll.sum(), "the sum", "", {
         "this is the mean over the tokens; return the sum, the caller divides": nll.mean(),
         "this is the sum of the chunks' means; each chunk must give its sum": sum(part.mean() for part in nll.split(CHUNK)),
-        "this is the mean of the chunks' means: the short last chunk counts too much, and the sum is wanted": torch.stack([part.mean() for part in nll.split(CHUNK)]).mean(),
+        "this is the mean of the chunks' means: the short last chunk counts too much, and the sum is wanted":
+            torch.stack([part.mean() for part in nll.split(CHUNK)]).mean(),
         "the last, shorter chunk is left out: 22 tokens in chunks of 5 are five chunks": nll[: N // CHUNK * CHUNK].sum(),
-        "only the last chunk came back: add up over the chunks": nll[N // CHUNK * CHUNK :].sum(), "only the first chunk came back; is the `return` inside the loop?": nll[:CHUNK].sum(),
+        "only the last chunk came back: add up over the chunks": nll[N // CHUNK * CHUNK :].sum(),
+        "only the first chunk came back; is the `return` inside the loop?": nll[:CHUNK].sum(),
         "wrong sign: the loss is -log p": -nll.sum(),
         "these are bits, logarithms to base 2; nats are wanted, torch.log": nll.sum() / torch.tensor(2.0).log(),
         "the targets were shifted once more: they are shifted already": F.cross_entropy((hidden @ weight.T)[:-1], targets[1:], reduction="sum"),
@@ -89,7 +91,8 @@ def in_chunks(attempt):
     with Largest() as largest, torch.no_grad():
         loss(attempt, *given(), CHUNK)
     if largest.rows > CHUNK:
-        raise Hint(f"{largest.rows} rows of logits were there at once, {CHUNK} are allowed: cut hidden before the product with weight, not the logits behind it")
+        raise Hint(f"{largest.rows} rows of logits were there at once, {CHUNK} are allowed: cut hidden before the product with weight, "
+                   "not the logits behind it")
 
 
 def kept(attempt):
@@ -99,8 +102,8 @@ def kept(attempt):
     with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel() if V in x.shape and x.numel() != V * C else 0) or x, lambda x: x):
         loss(attempt, hidden.requires_grad_(), weight.requires_grad_(), targets, CHUNK)
     if sum(sizes) > CHUNK * V:
-        raise Hint(f"autograd keeps {sum(sizes) // V} rows of logits or of their softmax for the backward pass, all chunks together: the memory is not saved; wrap each chunk "
-                   "in torch.utils.checkpoint.checkpoint(…, use_reentrant=False)")
+        raise Hint(f"autograd keeps {sum(sizes) // V} rows of logits or of their softmax for the backward pass, all chunks together: "
+                   "the memory is not saved; wrap each chunk in torch.utils.checkpoint.checkpoint(…, use_reentrant=False)")
 
 
 CHECKS = [total, ignored, nothing, gradients, in_chunks, kept]

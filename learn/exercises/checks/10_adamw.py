@@ -39,11 +39,13 @@ def moments(attempt):
     got, want = parts(attempt(p, g, m, v, t=5, **USUAL), NAMES), reference(p, g, m, v, t=5, **USUAL)
     same(got[1], want[1], "the new m", "", {
         "m: beta1 weighs the old mean and 1 - beta1 the new gradient; here it is the other way round": 0.1 * m + 0.9 * g,
-        "m is the running mean of the gradient: 1 - beta1 is missing in front of g": 0.9 * m + g, "m was decayed with beta2; its own is beta1": 0.95 * m + 0.05 * g,
+        "m is the running mean of the gradient: 1 - beta1 is missing in front of g": 0.9 * m + g,
+        "m was decayed with beta2; its own is beta1": 0.95 * m + 0.05 * g,
         "the m that is returned is bias-corrected: the correction is for this step only, the mean goes on without": want[1] / (1 - 0.9**5),
         "m came back as it was": m})
     same(got[2], want[2], "the new v", "", {
-        "v is the running mean of the gradient's square; the square is missing": 0.95 * v + 0.05 * g, "v was decayed with beta1; its own is beta2": 0.9 * v + 0.1 * g**2,
+        "v is the running mean of the gradient's square; the square is missing": 0.95 * v + 0.05 * g,
+        "v was decayed with beta1; its own is beta2": 0.9 * v + 0.1 * g**2,
         "v: beta2 weighs the old mean and 1 - beta2 the new square; here it is the other way round": 0.05 * v + 0.95 * g**2,
         "v is a running mean: 1 - beta2 is missing in front of g^2": 0.95 * v + g**2,
         "the v that is returned is bias-corrected: the correction is for this step only, the mean goes on without": want[2] / (1 - 0.95**5),

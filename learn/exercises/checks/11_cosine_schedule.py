@@ -33,7 +33,8 @@ def warmup(attempt):
     """a straight line from 0 up to the peak"""
     compare(attempt, range(0, WARMUP), "the rate during the warmup", {
         "the warmup is missing: the first updates already run at the peak": lambda it: cosine(max(0, it - WARMUP) / 100),
-        "the warmup is missing: the first updates already run at the peak ": lambda it: PEAK, "the warmup is missing: the cosine begins at 0": lambda it: cosine(it / TOTAL),
+        "the warmup is missing: the first updates already run at the peak ": lambda it: PEAK,
+        "the warmup is missing: the cosine begins at 0": lambda it: cosine(it / TOTAL),
         "the warmup is missing: the cosine runs backwards from its start": lambda it: cosine((it - WARMUP) / (TOTAL - WARMUP)),
         "the warmup counts from 1 here: at `it` the rate is peak * it / warmup, not (it + 1) / warmup": lambda it: PEAK * (it + 1) / WARMUP,
         "the warmup counts from 1 here: at `it` the rate is peak * it / warmup, not (it + 1) / (warmup + 1)": lambda it: PEAK * (it + 1) / (WARMUP + 1),
@@ -44,7 +45,8 @@ def warmup(attempt):
 def fall(attempt):
     """half a cosine from the peak to the lowest rate"""
     compare(attempt, range(WARMUP, TOTAL), "the rate between warmup and end", {
-        "the cosine begins at update 0, under the warmup: done = (it - warmup) / (total - warmup), so that it starts at the peak": lambda it: cosine(it / TOTAL),
+        "the cosine begins at update 0, under the warmup: done = (it - warmup) / (total - warmup), so that it starts at the peak":
+            lambda it: cosine(it / TOTAL),
         "done is (it - warmup) / total and never reaches 1: divide by total - warmup": lambda it: cosine((it - WARMUP) / TOTAL),
         "it falls to 0; it should end at `low`: low + (peak - low) * …": lambda it: cosine((it - WARMUP) / 100, 0),
         "low is added on top: the peak is too high; multiply by peak - low": lambda it: LOW + cosine((it - WARMUP) / 100, 0),

@@ -40,7 +40,8 @@ def unscaled(attempt):
         raise Hint("a good update was left out: all gradients are finite")
     want = reference(grads, 8.0, 0, 100)[0]
     for i, (g, w) in enumerate(zip(parts(got, ("the first gradient", "the second")), want)):
-        same(g, w, f"gradient {i}", mistakes={"the gradients were not unscaled: divide by scale": grads[i], "multiplied by the scale once more; divide": grads[i] * 8.0,
+        same(g, w, f"gradient {i}", mistakes={"the gradients were not unscaled: divide by scale": grads[i],
+        "multiplied by the scale once more; divide": grads[i] * 8.0,
                                               "divided by the next scale; these gradients were made with the present one": grads[i] / 16.0,
                                               "divided by the scale twice": grads[i] / 64.0})
 
@@ -51,8 +52,9 @@ def left_out(attempt):
                        (((1, INF),), "inf in the second gradient"), (((1, -INF),), "-inf in the second gradient"), (((0, INF), (1, -INF)), "inf and -inf")):
         if step(attempt, given(*bad), 8.0, 3, 100)[0] is not None:
             looks = ": isnan alone does not see inf; take isfinite" if "inf" in words else ": isinf alone does not see NaN; take isfinite"
-            other = ": look at all gradients, not only at the first" if "second" in words and step(attempt, given((0, bad[0][1])), 8.0, 3, 100)[0] is None else looks
-            raise Hint(f"with {words} the update must be left out, return None for the gradients{other}")
+            if "second" in words and step(attempt, given((0, bad[0][1])), 8.0, 3, 100)[0] is None:
+                looks = ": look at all gradients, not only at the first"
+            raise Hint(f"with {words} the update must be left out, return None for the gradients{looks}")
 
 
 def smaller(attempt):
@@ -62,19 +64,23 @@ def smaller(attempt):
         "after an overflow the scale must fall: scale * backoff; it stayed": 8.0, "after an overflow the scale must fall; it was doubled": 16.0,
         "the scale was set to backoff; multiply by it": 0.5, "the scale fell twice": 2.0, "the scale was divided by 0.5, which doubles it": 16.0})
     equal(int(streak), 0, "the streak after an overflow", {
-        "the streak must begin at 0 again after an overflow: good updates *in a row* are counted": 3, "an update that was left out is no good one; the streak is 0": 4,
+        "the streak must begin at 0 again after an overflow: good updates *in a row* are counted": 3,
+        "an update that was left out is no good one; the streak is 0": 4,
         "an update that was left out is no good one: the streak is 0, not 1": 1})
 
 
 def growing(attempt):
     """after `interval` good updates in a row the scale is doubled"""
     _, scale, streak = step(attempt, given(), 8.0, 3, 100)
-    equal(float(scale), 8.0, "the next scale after the 4th good update of 100", {"the scale grew after a single good update; wait for `interval` of them in a row": 16.0})
-    equal(int(streak), 4, "the streak after a good update", {"a good update must make the streak longer: streak + 1": 3, "the streak lost its count: a good update makes it longer": 0})
+    equal(float(scale), 8.0, "the next scale after the 4th good update of 100", {
+        "the scale grew after a single good update; wait for `interval` of them in a row": 16.0})
+    equal(int(streak), 4, "the streak after a good update", {"a good update must make the streak longer: streak + 1": 3,
+    "the streak lost its count: a good update makes it longer": 0})
     _, scale, streak = step(attempt, given(), 8.0, 99, 100)
     equal(float(scale), 16.0, "the next scale after the 100th good update of 100", {
         "the scale did not grow with the 100th good update of 100: count this update first, then compare": 8.0})
-    equal(int(streak), 0, "the streak after the scale has grown", {"the streak must begin anew after growth, or the scale doubles at every update from now on": 100})
+    equal(int(streak), 0, "the streak after the scale has grown", {
+        "the streak must begin anew after growth, or the scale doubles at every update from now on": 100})
 
 
 def arguments(attempt):

@@ -64,17 +64,21 @@ def same_as_whole(attempt):
     same(grad, want, "the gradient", "V C", {
         "mean of means: each micro-batch was divided by its own number of targets; divide the sums by the number of all, 16 + 3 + 9":
             wrong(batches, lambda s, n, total, k: s / n / k),
-        "each micro-batch was divided by its own number of targets, and the means added up; divide the sums by the number of all": wrong(batches, lambda s, n, total, k: s / n),
+        "each micro-batch was divided by its own number of targets, and the means added up; divide the sums by the number of all":
+            wrong(batches, lambda s, n, total, k: s / n),
         "sum instead of mean: divide by the number of all targets": wrong(batches, lambda s, n, total, k: s),
         "the sum was divided by the number of micro-batches; divide by the number of targets": wrong(batches, lambda s, n, total, k: s / k),
         "divided by the number of targets and by that of the micro-batches; once is enough": wrong(batches, lambda s, n, total, k: s / total / k),
         "divided by all places, padding too; count only the targets that are not -100": wrong(batches, lambda s, n, total, k: s / 48),
-        "only the last micro-batch is in the gradient: zero_grad() belongs in front of the loop": wrong(batches, lambda s, n, total, k: s / total, keep=slice(-1, None)),
-        "only the last micro-batch is in the gradient: zero_grad() belongs in front of the loop; and divide by all targets": wrong(batches, lambda s, n, total, k: s / n, keep=slice(-1, None)),
+        "only the last micro-batch is in the gradient: zero_grad() belongs in front of the loop":
+            wrong(batches, lambda s, n, total, k: s / total, keep=slice(-1, None)),
+        "only the last micro-batch is in the gradient: zero_grad() belongs in front of the loop; and divide by all targets":
+            wrong(batches, lambda s, n, total, k: s / n, keep=slice(-1, None)),
         "only the first micro-batch is in the gradient": wrong(batches, lambda s, n, total, k: s / total, keep=slice(0, 1))})
     if isinstance(loss, torch.Tensor) and loss.requires_grad:
         raise Hint("the loss that comes back still carries its graph, and with it the memory of the micro-batch: return loss.item() or .detach()")
-    same(loss, whole, "the mean loss", mistakes={"the gradient is right, but the loss that comes back is not the mean over all targets: add up what went backward": whole * 28,
+    same(loss, whole, "the mean loss", mistakes={
+        "the gradient is right, but the loss that comes back is not the mean over all targets: add up what went backward": whole * 28,
                                                  "the gradient is right, but the loss that comes back is three times the mean": whole * 3})
 
 

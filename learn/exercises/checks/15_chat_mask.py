@@ -35,8 +35,10 @@ def the_inputs(attempt):
     got, (ids, _) = pair(attempt, TALK)[0], render(TOK, TALK)
     if got != ids[:-1]:
         joined = [i for m in TALK for i in (TOK.im_start_id, *TOK.encode(m["role"] + "\n" + m["content"]), TOK.im_end_id)]
-        for sentence, value in {"the last token is an input too; it has no successor, so inputs = ids[:-1]": ids, "the first token is missing: inputs = ids[:-1], targets come from ids[1:]": ids[1:],
-                                "the newline behind <|im_end|> is missing": joined[:-1], "the newline behind <|im_end|> is missing, and inputs = ids[:-1]": joined,
+        for sentence, value in {"the last token is an input too; it has no successor, so inputs = ids[:-1]": ids,
+        "the first token is missing: inputs = ids[:-1], targets come from ids[1:]": ids[1:],
+                                "the newline behind <|im_end|> is missing": joined[:-1],
+                                "the newline behind <|im_end|> is missing, and inputs = ids[:-1]": joined,
                                 "the text <|im_start|> was encoded letter by letter; take the id, tok.im_start_id": None}.items():
             if got == value or value is None and TOK.encode("<|im_start|>")[:6] == got[:6]:
                 raise Hint(sentence)
@@ -70,16 +72,19 @@ def judge_targets(attempt, messages):
         "the targets are one longer than the inputs: drop the first, ids[1:]": len(ids)})
     mistakes = {
         "everything is learnt, the questions and headers too: -100 where the assistant does not speak": ids[1:],
-        "the targets are not shifted: target t is the token *after* input t, ids[t + 1]; the model would learn to copy": [t if m else -100 for t, m in zip(ids[:-1], mask[:-1])],
+        "the targets are not shifted: target t is the token *after* input t, ids[t + 1]; the model would learn to copy":
+            [t if m else -100 for t, m in zip(ids[:-1], mask[:-1])],
         "the mask is not shifted with the ids: target t is learnt if token t + 1 is, mask[1:]": [t if m else -100 for t, m in zip(ids[1:], mask[:-1])],
         "the targets are shifted to the wrong side": [-100, *[t if m else -100 for t, m in zip(ids[:-2], mask[:-2])]],
         "<|im_end|> behind the answer is not learnt: the model would never learn to stop": shifted(without_end),
         "the newline behind <|im_end|> is learnt; the chat stops at <|im_end|>, nobody will ever ask for it": shifted(with_newline),
         "the <|im_end|> of the questions is learnt, too; only those behind answers": shifted(all_ends),
-        "the user's words are learnt, too": shifted(contents), "the header (assistant and newline) is learnt, too; the chat program writes it": shifted(headers),
+        "the user's words are learnt, too": shifted(contents),
+        "the header (assistant and newline) is learnt, too; the chat program writes it": shifted(headers),
         "the header (assistant and newline) is learnt, too; the chat program writes it ": shifted(header_words),
         "what is learnt is turned round: the answers are hidden and the rest is learnt": shifted([not m for m in mask]),
-        "only the last answer is learnt; every assistant message is": shifted(last), "only the first answer is learnt; every assistant message is": shifted([m and i <= ends[-2] for i, m in enumerate(mask)]),
+        "only the last answer is learnt; every assistant message is": shifted(last),
+        "only the first answer is learnt; every assistant message is": shifted([m and i <= ends[-2] for i, m in enumerate(mask)]),
         "the places without loss hold 0; they must hold -100, 0 is a token": [0 if t == -100 else t for t in want],
         "the places without loss hold -1; cross-entropy ignores -100": [-1 if t == -100 else t for t in want],
         "the targets are the mask; where it is 1 the token is wanted": mask[1:]}
@@ -87,7 +92,8 @@ def judge_targets(attempt, messages):
         if got == value:
             raise Hint(sentence)
     i = next(i for i, (a, b) in enumerate(zip(got, want)) if a != b)
-    raise Hint(f"target {i}, behind {text(inputs[max(0, i - 8):i + 1])!r}, is {got[i]}, expected {want[i]}" + (f" ({text([want[i]])!r})" if want[i] >= 0 else ""))
+    name = f" ({text([want[i]])!r})" if want[i] >= 0 else ""
+    raise Hint(f"target {i}, behind {text(inputs[max(0, i - 8):i + 1])!r}, is {got[i]}, expected {want[i]}{name}")
 
 
 def turns(attempt):

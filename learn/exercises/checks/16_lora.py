@@ -33,7 +33,8 @@ def starts_as_base(attempt):
             if layer(x) is not None and not torch.allclose(layer(x), base(x)) and layer.lora_B.any():
                 raise Hint("the first step does not start from the base model: lora_B must begin at zero, lora_A random" if layer.lora_A.any() else
                            "lora_B is random and lora_A zero; it is the other way round: A random, B zero")
-            same(layer(x), base(x), "the output of the fresh layer", "N out", {"the bias of the base layer is lost": x @ base.weight.T, "the base layer is missing: W x + update": torch.zeros(5, OUT)})
+            same(layer(x), base(x), "the output of the fresh layer", "N out", {"the bias of the base layer is lost": x @ base.weight.T,
+            "the base layer is missing: W x + update": torch.zeros(5, OUT)})
 
 
 def can_begin(attempt):
@@ -71,7 +72,8 @@ def update(attempt):
             y, change = base(x), x @ A.T @ B.T
             same(layer(x), y + ALPHA / r * change, f"the output with r = {r}, alpha = {ALPHA:g}", "N out", {
                 "the scale is missing: alpha / r in front of B A x": y + change, "the scale is alpha; it should be alpha / r": y + ALPHA * change,
-                "the scale is alpha / sqrt(r), that of rsLoRA; here alpha / r": y + ALPHA / r**0.5 * change, "the scale is turned round: alpha / r, not r / alpha": y + r / ALPHA * change,
+                "the scale is alpha / sqrt(r), that of rsLoRA; here alpha / r": y + ALPHA / r**0.5 * change,
+                "the scale is turned round: alpha / r, not r / alpha": y + r / ALPHA * change,
                 "the scale is 1 / r; alpha is missing": y + change / r, "the scale multiplies the base too: W x + alpha / r * B A x": ALPHA / r * (y + change),
                 "the update is missing: the base layer alone came back": y, "the base layer is missing: W x + bias + update": ALPHA / r * change})
 

@@ -34,7 +34,8 @@ def pairs(attempt):
     inside = torch.arange(T) < lengths[:, None]
     same(loss(attempt, rewards, lengths)[0], reference(rewards, lengths)[0], "the sum", "", {
         "the score was read at the last column, which is padding for short answers; read position length - 1": nll(pairs_of(rewards[:, -1])),
-        "off by one: the last real token stands at length - 1, not at length": nll(pairs_of(at(lengths))), "the score was read at the first token, where nothing has been read yet": nll(pairs_of(rewards[:, 0])),
+        "off by one: the last real token stands at length - 1, not at length": nll(pairs_of(at(lengths))),
+        "the score was read at the first token, where nothing has been read yet": nll(pairs_of(rewards[:, 0])),
         "off by one: the last real token stands at length - 1, not at length - 2": nll(pairs_of(at(lengths - 2))),
         "the scores of all real tokens were averaged; only the last one has read everything": nll(pairs_of((rewards * inside).sum(1) / lengths)),
         "the mean over all columns was taken, padding too; read position length - 1": nll(pairs_of(rewards.mean(1))),
@@ -42,8 +43,10 @@ def pairs(attempt):
         "chosen and rejected are swapped: the first half is the chosen one, and chosen - rejected must grow": nll(-pairs_of(last)),
         "the rows are paired as neighbours (0, 1), (2, 3); row i belongs to row B + i": nll(last[0::2] - last[1::2]),
         "mean instead of sum: return the sum and the number of pairs": nll(pairs_of(last)) / B, "wrong sign: the loss is -log sigmoid": -nll(pairs_of(last)),
-        "the logarithm is missing: -log sigmoid": -pairs_of(last).sigmoid().sum(), "the logarithm is missing: -log sigmoid ": (1 - pairs_of(last).sigmoid()).sum(),
-        "the sigmoid is missing: this is the plain difference": -pairs_of(last).sum(), "a hinge, max(0, 1 - difference); here -log sigmoid": F.relu(1 - pairs_of(last)).sum(),
+        "the logarithm is missing: -log sigmoid": -pairs_of(last).sigmoid().sum(),
+        "the logarithm is missing: -log sigmoid ": (1 - pairs_of(last).sigmoid()).sum(),
+        "the sigmoid is missing: this is the plain difference": -pairs_of(last).sum(),
+        "a hinge, max(0, 1 - difference); here -log sigmoid": F.relu(1 - pairs_of(last)).sum(),
         "the logarithm is to base 2; take the natural one": nll(pairs_of(last)) / torch.tensor(2.0).log()})
 
 

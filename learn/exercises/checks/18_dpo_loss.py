@@ -26,7 +26,8 @@ def start(attempt):
     same(got, torch.tensor(B * math.log(2)), f"the loss of {B} pairs when policy and reference are equal", "", {
         "mean instead of sum: add up over the pairs": torch.tensor(math.log(2)), "one loss a pair came back: add them up": torch.full((B,), math.log(2)),
         "the reference is not subtracted: what counts is how far the policy has moved from it": reference(logps, torch.zeros(2 * B), BETA),
-        "wrong sign: the loss is -log sigmoid": torch.tensor(-B * math.log(2)), "the sum goes over 2B answers; there are B pairs": torch.tensor(2 * B * math.log(2)),
+        "wrong sign: the loss is -log sigmoid": torch.tensor(-B * math.log(2)),
+        "the sum goes over 2B answers; there are B pairs": torch.tensor(2 * B * math.log(2)),
         "the logarithm is to base 2; take the natural one": torch.tensor(float(B)), "the logarithm is missing: -log sigmoid": torch.tensor(-B / 2)})
 
 
@@ -37,9 +38,12 @@ def values(attempt):
     nll = lambda z: -F.logsigmoid(z).sum()
     even = (logps - ref)
     same(attempt(logps, ref, BETA), reference(logps, ref, BETA), "the loss", "", {
-        "beta is missing": nll(c - r), "beta stands in front of the loss; it belongs inside the sigmoid": BETA * nll(c - r), "divided by beta; multiply": nll((c - r) / BETA),
-        "beta multiplies only one side": nll(BETA * c - r), "beta multiplies only the policy; it multiplies the whole log-ratio": nll((BETA * logps - ref)[:B] - (BETA * logps - ref)[B:]),
-        "chosen and rejected, or policy and reference, are swapped: the first half is chosen, and the ratio is log pi - log ref": nll(-BETA * (c - r)), "mean instead of sum: add up over the pairs": nll(BETA * (c - r)) / B,
+        "beta is missing": nll(c - r), "beta stands in front of the loss; it belongs inside the sigmoid": BETA * nll(c - r),
+        "divided by beta; multiply": nll((c - r) / BETA),
+        "beta multiplies only one side": nll(BETA * c - r),
+        "beta multiplies only the policy; it multiplies the whole log-ratio": nll((BETA * logps - ref)[:B] - (BETA * logps - ref)[B:]),
+        "chosen and rejected, or policy and reference, are swapped: the first half is chosen, and the ratio is log pi - log ref": nll(-BETA * (c - r)),
+        "mean instead of sum: add up over the pairs": nll(BETA * (c - r)) / B,
         "the reference is not subtracted: what counts is how far the policy has moved from it": nll(BETA * (logps[:B] - logps[B:])),
         "the log-ratios of chosen and rejected are added; take the difference": nll(BETA * (c + r)),
         "the reference is added; subtract it": nll(BETA * ((logps + ref)[:B] - (logps + ref)[B:])),

@@ -40,12 +40,15 @@ def advantages(attempt):
     got = parts(attempt(*args), NAMES)
     same(got[0], reference(*args)[0], NAMES[0], AXES, {
         "the recursion runs forwards: A_t needs A_{t+1}, so begin at the last token": wrong(*args, forward=True),
-        "only the own step counts: the part gamma * lam * A_{t+1} is missing": deltas, "lam is missing: later surprises count gamma * lam, not gamma": wrong(*given(), GAMMA, 1.0),
+        "only the own step counts: the part gamma * lam * A_{t+1} is missing": deltas,
+        "lam is missing: later surprises count gamma * lam, not gamma": wrong(*given(), GAMMA, 1.0),
         "gamma is missing: later surprises count gamma * lam, not lam": wrong(*given(), 1.0, LAM, next_gamma=GAMMA),
-        "gamma is missing in front of v_{t+1}": wrong(*args, next_gamma=1.0), "the value of the next token is missing: delta = r_t + gamma v_{t+1} - v_t": wrong(*args, next_gamma=0.0),
+        "gamma is missing in front of v_{t+1}": wrong(*args, next_gamma=1.0),
+        "the value of the next token is missing: delta = r_t + gamma v_{t+1} - v_t": wrong(*args, next_gamma=0.0),
         "behind the last token the value is 0, the answer has ended; the last value was used again": wrong(*args, bootstrap=True),
         "the value v_t is not subtracted: delta = r_t + gamma v_{t+1} - v_t": wrong(*args) + discounted(values, GAMMA * LAM),
-        "these are the returns; advantages come first": wrong(*args) + values, "wrong sign": -wrong(*args), "gamma and lam are not used: they are arguments": wrong(*given(), 1.0, 0.95),
+        "these are the returns; advantages come first": wrong(*args) + values, "wrong sign": -wrong(*args),
+        "gamma and lam are not used: they are arguments": wrong(*given(), 1.0, 0.95),
         "the reward of the next token was taken: delta_t has r_t": wrong(torch.cat((rewards[:, 1:], torch.zeros(B, 1)), 1), values, mask, GAMMA, LAM)})
 
 
@@ -60,7 +63,8 @@ def returns(attempt):
     rewards, values, _ = given()
     got, want = parts(attempt(*args), NAMES), reference(*args)
     same(got[1], want[1], NAMES[1], AXES, {
-        "the returns are the discounted rewards; the target of the critic is A + v, with lam in it": discounted(rewards, GAMMA), "the returns are the sums of the rewards; the target of the critic is A + v":
+        "the returns are the discounted rewards; the target of the critic is A + v, with lam in it": discounted(rewards, GAMMA),
+        "the returns are the sums of the rewards; the target of the critic is A + v":
         discounted(rewards, 1.0), "the returns are A - v; A + v": want[0] - values, "the returns are the advantages: add the values": want[0],
         "the returns are the values; add the advantages": values, "the returns are A + r; A + v": want[0] + rewards})
 

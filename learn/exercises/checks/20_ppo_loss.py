@@ -34,13 +34,16 @@ def mistakes(logps, old, A, mask):
         "the ratio is exp(logp - old_logp); the exp is missing": total(torch.min((logps - old) * A, (logps - old).clamp(1 - CLIP, 1 + CLIP) * A)),
         "the ratio is exp(logp - old_logp), not logp / old_logp": total(torch.min(logps / old * A, (logps / old).clamp(1 - CLIP, 1 + CLIP) * A)),
         "the ratio is turned round: new over old, exp(logp - old_logp)": total(torch.min(A / ratio, (1 / ratio).clamp(1 - CLIP, 1 + CLIP) * A)),
-        "the difference of the logarithms was clipped to ± clip; clip the ratio to 1 ± clip": total(torch.min(ratio * A, (logps - old).clamp(-CLIP, CLIP).exp() * A)),
+        "the difference of the logarithms was clipped to ± clip; clip the ratio to 1 ± clip":
+            total(torch.min(ratio * A, (logps - old).clamp(-CLIP, CLIP).exp() * A)),
         "the ratio was clipped to ± clip; it lies around 1: 1 - clip … 1 + clip": total(torch.min(ratio * A, ratio.clamp(-CLIP, CLIP) * A)),
         "the ratio is clipped from above only; from below, too": total(torch.min(ratio * A, ratio.clamp(max=1 + CLIP) * A)),
         "the minimum of the ratios was taken, and then times A; for a negative A that is the wrong one": total(torch.min(ratio, held) * A),
-        "mean instead of sum: return the sum and the number of tokens": total(right) / mask.sum(), "this is the mean over all places; return the sum over the answers' tokens": total(right) / mask.numel(),
+        "mean instead of sum: return the sum and the number of tokens": total(right) / mask.sum(),
+        "this is the mean over all places; return the sum over the answers' tokens": total(right) / mask.numel(),
         "the mask is forgotten: prompt and padding count too": -right.sum(), "this is the mean over all places, prompt and padding too": -right.mean(),
-        "the advantages are missing": total(torch.min(ratio, held)), "the old policy's log-probability is missing: this is plain policy gradient": total(logps * A)}
+        "the advantages are missing": total(torch.min(ratio, held)),
+        "the old policy's log-probability is missing: this is plain policy gradient": total(logps * A)}
 
 
 def values(attempt):
@@ -69,7 +72,8 @@ def pays(attempt):
 def argument(attempt):
     """clip is an argument"""
     args = given()
-    same(loss(attempt, *args, 0.05)[0], reference(*args, 0.05)[0], "the sum with clip 0.05", "", {"clip is not used: 0.2 stands in the code": reference(*args, 0.2)[0]})
+    same(loss(attempt, *args, 0.05)[0], reference(*args, 0.05)[0], "the sum with clip 0.05",
+    "", {"clip is not used: 0.2 stands in the code": reference(*args, 0.2)[0]})
 
 
 def padding(attempt):

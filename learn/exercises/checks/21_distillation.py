@@ -35,7 +35,8 @@ def equal_models(attempt):
             "this is the cross-entropy with the teacher's probabilities: take the teacher's own entropy off, p_t (log p_t - log p_s) ": entropy,
             "this is the loss of the text; no teacher is in it": hot,
             "kl_div was given probabilities as its input; it wants log-probabilities (F.log_softmax)": HOT**2 * F.kl_div(p, p, reduction="sum"),
-            "kl_div was given log-probabilities as its target; say log_target=True, or give it probabilities": HOT**2 * F.kl_div(p.log(), p.log(), reduction="sum")})
+            "kl_div was given log-probabilities as its target; say log_target=True, or give it probabilities":
+                HOT**2 * F.kl_div(p.log(), p.log(), reduction="sum")})
 
 
 def values(attempt):
@@ -47,21 +48,30 @@ def values(attempt):
     kl = lambda p, q: (p.exp() * (p - q)).sum(-1)
     want = reference(student, teacher, targets, HOT)[0]
     same(loss(attempt, student, teacher, targets, HOT)[0], want, "the sum", "", {
-        "T^2 is missing: the gradient would shrink with the temperature": want / HOT**2, "the factor is T; it should be T^2": want / HOT, "divided by T^2; multiply": want / HOT**4,
-        "the direction is turned round: this is KL(student || teacher); with F.kl_div the student is the input, the teacher the target": HOT**2 * kl(s, t)[at].sum(),
-        "the padding counts too: only positions whose target is not -100": HOT**2 * kl(t, s).sum(), "reduction=\"batchmean\" divides by B: take the sum over the positions": HOT**2 * kl(t, s).sum() / B,
-        "reduction=\"batchmean\" divides: take the sum over the positions": want / at.sum(), "mean instead of sum: return the sum and the number of positions": want / at.sum() / V,
-        "reduction=\"mean\" divides by B T V: take the sum over the positions": HOT**2 * kl(t, s).mean() / V, "the logits were not divided by the temperature": HOT**2 * kl(t1, s1)[at].sum(),
-        "only the teacher was divided by the temperature; both": HOT**2 * kl(t, s1)[at].sum(), "only the student was divided by the temperature; both": HOT**2 * kl(t1, s)[at].sum(),
-        "the temperature is not used": kl(t1, s1)[at].sum(), "the logits were multiplied by the temperature; divide": HOT**2 * kl(F.log_softmax(teacher * HOT, -1), F.log_softmax(student * HOT, -1))[at].sum(),
+        "T^2 is missing: the gradient would shrink with the temperature": want / HOT**2, "the factor is T; it should be T^2": want / HOT,
+        "divided by T^2; multiply": want / HOT**4,
+        "the direction is turned round: this is KL(student || teacher); with F.kl_div the student is the input, the teacher the target":
+            HOT**2 * kl(s, t)[at].sum(),
+        "the padding counts too: only positions whose target is not -100": HOT**2 * kl(t, s).sum(),
+        "reduction=\"batchmean\" divides by B: take the sum over the positions": HOT**2 * kl(t, s).sum() / B,
+        "reduction=\"batchmean\" divides: take the sum over the positions": want / at.sum(),
+        "mean instead of sum: return the sum and the number of positions": want / at.sum() / V,
+        "reduction=\"mean\" divides by B T V: take the sum over the positions": HOT**2 * kl(t, s).mean() / V,
+        "the logits were not divided by the temperature": HOT**2 * kl(t1, s1)[at].sum(),
+        "only the teacher was divided by the temperature; both": HOT**2 * kl(t, s1)[at].sum(),
+        "only the student was divided by the temperature; both": HOT**2 * kl(t1, s)[at].sum(),
+        "the temperature is not used": kl(t1, s1)[at].sum(),
+        "the logits were multiplied by the temperature; divide": HOT**2 * kl(F.log_softmax(teacher * HOT, -1), F.log_softmax(student * HOT, -1))[at].sum(),
         "the probabilities were divided by T; divide the logits, before the softmax": HOT**2 * kl(t1, s1)[at].sum() / HOT, "wrong sign": -want,
-        "the softmax goes over the positions; over the vocabulary, dim=-1": HOT**2 * kl(F.log_softmax(teacher / HOT, 1), F.log_softmax(student / HOT, 1))[at].sum()})
+        "the softmax goes over the positions; over the vocabulary, dim=-1":
+            HOT**2 * kl(F.log_softmax(teacher / HOT, 1), F.log_softmax(student / HOT, 1))[at].sum()})
 
 
 def count(attempt):
     """the number of positions"""
     args = given()
-    same(torch.as_tensor(loss(attempt, *args, HOT)[1]), (args[2] != -100).sum(), "the number of positions", "", {"the positions of -100 count too": torch.tensor(B * T)})
+    same(torch.as_tensor(loss(attempt, *args, HOT)[1]), (args[2] != -100).sum(), "the number of positions",
+    "", {"the positions of -100 count too": torch.tensor(B * T)})
 
 
 def certain(attempt):

@@ -23,15 +23,18 @@ def simple(attempt):
     keep = lambda *kept: torch.tensor([[x if i in kept else 0.0 for i, x in enumerate(probs[0].tolist())]])
     norm = lambda x: x / x.sum(-1, keepdim=True)
     same(attempt(probs.log(), 0.6), norm(keep(1, 3)), "the probabilities", AXES, {
-        "the token that crosses p was left out: 0.5 is not yet 0.6, so 0.3 belongs to the set": norm(keep(1)), "the token that crosses p was left out, and what is kept is not scaled to add up to 1": keep(1),
+        "the token that crosses p was left out: 0.5 is not yet 0.6, so 0.3 belongs to the set": norm(keep(1)),
+        "the token that crosses p was left out, and what is kept is not scaled to add up to 1": keep(1),
         "what is kept must be scaled to add up to 1": keep(1, 3), "one token too many: with 0.5 + 0.3 the sum has reached 0.6": norm(keep(0, 1, 3)),
         "the order is that of the sorted tokens; bring it back into the order of the vocabulary (scatter)": norm(torch.tensor([[0.5, 0.3, 0.0, 0.0]])),
         "the order is that of the sorted tokens, and not scaled to add up to 1": torch.tensor([[0.5, 0.3, 0.0, 0.0]]),
         "the tokens were not sorted: the likeliest come first, in whatever order the vocabulary has them": norm(keep(0, 1)),
         "the tokens were not sorted: the likeliest come first, in whatever order the vocabulary has them ": norm(keep(0)),
-        "sorted from the smallest up: the likeliest must come first (descending=True)": norm(keep(0, 2, 3)), "sorted from the smallest up: the likeliest must come first (descending=True) ": norm(keep(0, 2, 3, 1)),
+        "sorted from the smallest up: the likeliest must come first (descending=True)": norm(keep(0, 2, 3)),
+        "sorted from the smallest up: the likeliest must come first (descending=True) ": norm(keep(0, 2, 3, 1)),
         "sorted from the smallest up: the likeliest must come first (descending=True)  ": norm(keep(0, 2)),
-        "nothing was left out": probs, "these are logits; return probabilities": keep(1, 3).log(), "what was kept and what was left out are swapped": norm(keep(0, 2)),
+        "nothing was left out": probs, "these are logits; return probabilities": keep(1, 3).log(),
+        "what was kept and what was left out are swapped": norm(keep(0, 2)),
         "the kept tokens all got the same probability; keep their proportions": norm((keep(1, 3) > 0).float())})
 
 
@@ -43,7 +46,8 @@ def rows(attempt):
         flat = logits.softmax(-1).flatten()
         order = flat.sort(descending=True)
         kept = torch.zeros_like(flat).scatter(0, order.indices, order.values * (order.values.cumsum(0) - order.values < p)).view_as(logits)
-        same(attempt(logits, p), want, f"the probabilities with p = {p}", AXES, {"the rows of the batch were thrown together: sort and add up along the last axis": kept / kept.sum(-1, keepdim=True)})
+        same(attempt(logits, p), want, f"the probabilities with p = {p}", AXES, {
+            "the rows of the batch were thrown together: sort and add up along the last axis": kept / kept.sum(-1, keepdim=True)})
 
 
 def least(attempt):

@@ -35,7 +35,8 @@ def even(attempt):
     with torch.no_grad():
         model.tok_embeddings.weight.zero_()
     same(attempt(model, given(5, 9)), float(V), f"the perplexity of a model that gives each of the {V} tokens 1/{V}", "", {
-        "this is the mean loss in nats; the perplexity is exp of it": math.log(V), "this is the mean loss in bits; the perplexity is exp of the mean in nats": 4.0,
+        "this is the mean loss in nats; the perplexity is exp of it": math.log(V),
+        "this is the mean loss in bits; the perplexity is exp of the mean in nats": 4.0,
         "2 to the power of a loss in nats: either 2 and bits, or e and nats": 2 ** math.log(V), "wrong sign: exp(-mean log p)": 1 / V,
         "the loss was added up, not averaged": math.exp(12 * math.log(V))})
 
@@ -49,15 +50,19 @@ def values(attempt):
         same_place = [F.cross_entropy(z, torch.tensor(ids), reduction="none") for z, ids in zip(logits, texts)]
     every, counts = torch.cat(nll), torch.tensor([len(ids) for ids in texts])
     same(attempt(model, texts), reference(model, texts), "the perplexity", "", {
-        "the mean of the texts' means: short texts count too much; add up all losses and divide once by all tokens": math.exp(torch.stack([x.mean() for x in nll]).mean()),
+        "the mean of the texts' means: short texts count too much; add up all losses and divide once by all tokens":
+            math.exp(torch.stack([x.mean() for x in nll]).mean()),
         "the mean of the texts' perplexities: take the mean of the losses first, exp once at the end": torch.stack([x.mean().exp() for x in nll]).mean().item(),
         "the mean of the tokens' exp(loss): exp comes after the mean": every.exp().mean().item(),
         "the shift is missing: logits at t are about token t + 1, so compare logits[:-1] with ids[1:]": math.exp(torch.cat(same_place).mean()),
         "the shift is missing: the model is asked for the token that it has just read": math.exp(torch.cat([x[:-1] for x in same_place]).mean()),
         "the shift is missing: the model is asked for the token that it has just read ": math.exp(torch.cat([x[1:] for x in same_place]).mean()),
-        "the shift goes the wrong way: logits at t are about token t + 1, not t - 1": math.exp(torch.cat([F.cross_entropy(z[1:], torch.tensor(ids[:-1]), reduction="none") for z, ids in zip(logits, texts)]).mean()),
-        "divided by the number of ids; the first of each text is not predicted": math.exp(every.sum() / counts.sum()), "divided by the number of texts, not of tokens": math.exp(min(700, every.sum() / 3)),
-        "only the last text counts: add up over the texts": math.exp(nll[-1].mean()), "only the first text counts; is the `return` inside the loop?": math.exp(nll[0].mean()),
+        "the shift goes the wrong way: logits at t are about token t + 1, not t - 1":
+            math.exp(torch.cat([F.cross_entropy(z[1:], torch.tensor(ids[:-1]), reduction="none") for z, ids in zip(logits, texts)]).mean()),
+        "divided by the number of ids; the first of each text is not predicted": math.exp(every.sum() / counts.sum()),
+        "divided by the number of texts, not of tokens": math.exp(min(700, every.sum() / 3)),
+        "only the last text counts: add up over the texts": math.exp(nll[-1].mean()),
+        "only the first text counts; is the `return` inside the loop?": math.exp(nll[0].mean()),
         "this is the mean loss; the perplexity is exp of it": every.mean().item()}, 1e-3)
 
 
