@@ -27,9 +27,9 @@ def merge_step(words, counts, new):
 ''', [
       ("+= n", "+= 1", "every word was counted once"),
       ("min(total, key=lambda pair: (-total[pair], pair))", "max(total, key=total.get)", "not the first that you met"),
-      ("i += 2", "i += 1", "only the first place|overlap|expected|index"),
+      ("i += 2", "i += 1", "go on by two"),
       ("    if not total:\n        return None, words\n", "", "words of one token: .*ValueError"),
-      ("for pair in zip(ids, ids[1:])", "for pair in zip(sum(words, []), sum(words, [])[1:])", "across words")]),
+      ("for pair in zip(ids, ids[1:])", "for pair in zip(sum(words, []), sum(words, [])[1:])", "only across words")]),
     "02": ('''
 from nanollm.corpus.minhash import EMPTY, fmix32
 import numpy as np
@@ -74,7 +74,7 @@ def rope(x, positions, theta=10000.0):
       ("torch.arange(0, D, 2).float()", "torch.arange(D // 2).float()", "too slowly"),
       ("positions.float()", "torch.arange(x.size(2)).float()", "`positions` is not used"),
       ("theta ** (", "10000.0 ** (", "theta is not used"),
-      ("x1, x2 = x.float().chunk(2, -1)", "x1, x2 = x.float()[..., 0::2], x.float()[..., 1::2]", "wrong in|pairs"),
+      ("x1, x2 = x.float().chunk(2, -1)", "x1, x2 = x.float()[..., 0::2], x.float()[..., 1::2]", "here they are halves"),
       ("positions.float()", "positions.float() + 1", "counted from 1"),
       (".type_as(x)", "", "came back as float32")]),
     "05": ('''
@@ -122,8 +122,8 @@ class KVCache:
         return k, v
 ''', [
       ("(self.kv[layer][0], k), 2", "(k, self.kv[layer][0]), 2", "in front of the old"),
-      ("(self.kv[layer][0], k), 2", "(self.kv[layer][0], k), 1", "wrong shape|Sizes of tensors"),
-      ("    def __init__(self):\n        self.kv = {}\n", "    kv = {}\n", "not empty|length|shared"),
+      ("(self.kv[layer][0], k), 2", "(self.kv[layer][0], k), 1", "Sizes of tensors"),
+      ("    def __init__(self):\n        self.kv = {}\n", "    kv = {}\n", "shared by all caches"),
       (".size(2) if", ".size(1) if", "wrong axis"),
       ("if layer in self.kv:\n            k, v = torch.cat((self.kv[layer][0], k), 2), torch.cat((self.kv[layer][1], v), 2)", "pass", "only the new tokens"),
       ("extend(self, layer, k, v):\n", "extend(self, layer, k, v):\n        layer = 0\n", "share one store"),
@@ -156,7 +156,8 @@ def chunked_cross_entropy(hidden, weight, targets, chunk):
       ('"sum")', '"mean")', "sum of the chunks' means"),
       ("len(hidden), chunk", "len(hidden) - chunk + 1, chunk", "last, shorter chunk is left out"),
       ("(targets != -100).sum()", "len(targets)", "count too"),
-      ("total = total + checkpoint", "total = total + part", "keeps 22 rows"),
+      ("checkpoint(part, hidden[i:i + chunk], weight, targets[i:i + chunk], use_reentrant=False)", "part(hidden[i:i + chunk], weight, targets[i:i + chunk])",
+       "wrap each chunk"),
       ("return total,", "return total.item(),", "not differentiable"),
       ("return total,", "return total / len(hidden),", "mean over the tokens"),
       ("total = total + checkpoint(part, hidden[i:i + chunk], weight, targets[i:i + chunk], use_reentrant=False)",
@@ -247,7 +248,7 @@ def average_gradients(parameters, world_size, all_reduce):
         p.grad = part.view_as(p)
 ''', [
       ("    bucket /= world_size\n", "", "sum over the ranks"),
-      ("for p in parameters]).detach()", "for p in parameters if p.grad is not None]).detach()", "None must be sent as zeros"),
+      ("    bucket = torch.cat", "    parameters = [p for p in parameters if p.grad is not None]\n    bucket = torch.cat", "None must be sent as zeros"),
       ("        p.grad = part.view_as(p)", "        pass", "not written back"),
       ("p.grad).flatten()", "p).flatten()", "weights were averaged"),
       ("    all_reduce(bucket)\n", "", "not called"),
@@ -265,15 +266,15 @@ def chat_targets(tok, messages):
         add(tok.encode("\\n"), False)
     return ids[:-1], [t if learnt else -100 for t, learnt in zip(ids[1:], mask[1:])]
 ''', [
-      ('m["role"] == "assistant"', "True", "<.im_end.> of the questions|user's words|expected"),
+      ('m["role"] == "assistant"', "True", "user's words"),
       ('+ [tok.im_end_id], m["role"] == "assistant")', ', m["role"] == "assistant")\n        add([tok.im_end_id], False)', "never learn to stop"),
       ("zip(ids[1:], mask[1:])", "zip(ids[1:], mask)", "mask is not shifted"),
       ("zip(ids[1:], mask[1:])", "zip(ids[:-1], mask[:-1])", "not shifted: target t"),
       ('add(tok.encode("\\n"), False)', 'add(tok.encode("\\n"), m["role"] == "assistant")', "newline behind"),
-      ('"\\n"), False)\n        add(tok.encode(m["content"])', '"\\n"), m["role"] == "assistant")\n        add(tok.encode(m["content"])', "header|expected"),
+      ('"\\n"), False)\n        add(tok.encode(m["content"])', '"\\n"), m["role"] == "assistant")\n        add(tok.encode(m["content"])', "the header"),
       ("ids[:-1], [", "ids, [", "inputs = ids"),
       ("else -100", "else 0", "0 is a token"),
-      ('m["role"] == "assistant")', 'm is messages[-1])', "only the last answer|question alone")]),
+      ('m["role"] == "assistant")', 'm is messages[-1])', "only the last answer")]),
     "16": ('''
 import torch
 import torch.nn as nn
@@ -339,7 +340,7 @@ def gae(rewards, values, mask, gamma, lam):
       ("reversed(range(values.size(1)))", "range(values.size(1))", "runs forwards"),
       ("gamma * lam * after", "gamma * after", "lam is missing"),
       (" + gamma * lam * after", "", "only the own step"),
-      ("(delta + gamma * lam * after) * mask[:, t]", "delta + gamma * lam * after", "leaks|mask"),
+      ("(delta + gamma * lam * after) * mask[:, t]", "delta + gamma * lam * after", "the mask is not used, or too late"),
       ("next_value = values[:, t] * mask[:, t]", "next_value = values[:, t]", "its value leaks in"),
       ("(out + values) * mask", "out", "the returns are the advantages"),
       ("gamma * next_value", "next_value", "gamma is missing in front"),
@@ -354,7 +355,7 @@ def ppo_loss(logps, old_logps, advantages, mask, clip):
       ("torch.min", "torch.max", "not the larger"),
       ("return -(", "return (", "wrong sign"),
       ("torch.exp((logps - old_logps) * mask)", "(logps - old_logps)", "exp is missing"),
-      ("(surrogate * mask)", "surrogate", "mask is forgotten|wrong|count too"),
+      ("(surrogate * mask)", "surrogate", "mask is forgotten"),
       ("torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)", "ratio.clamp(1 - clip, 1 + clip) * advantages", "without the minimum"),
       ("1 - clip, 1 + clip", "0.8, 1.2", "clip is not used"),
       ("torch.exp((logps - old_logps) * mask)", "torch.exp(logps - old_logps)", "before exp"),
@@ -370,8 +371,8 @@ def kd_loss(student_logits, teacher_logits, targets, temperature):
       ("temperature**2 * ", "", "T.2 is missing"),
       ("kl_div(student, teacher,", "kl_div(teacher, student,", "direction is turned round"),
       ('"sum"', '"batchmean"', "batchmean"),
-      ("at = targets != -100", "at = targets > -1000", "padding counts too|count"),
-      ("student_logits[at] / temperature", "student_logits[at]", "only the teacher|temperature"),
+      ("at = targets != -100", "at = targets > -1000", "padding counts too"),
+      ("student_logits[at] / temperature", "student_logits[at]", "only the teacher"),
       ("log_target=True, ", "", "log_target=True"),
       ("student = F.log_softmax", "student = F.softmax", "wants log-probabilities"),
       ("temperature**2", "temperature", "should be T.2")]),
@@ -387,8 +388,8 @@ def top_p(logits, p):
       ("values.cumsum(-1) - values < p", "values.cumsum(-1) <= p", "crosses p was left out"),
       ("    kept = kept / kept.sum(-1, keepdim=True)\n", "", "scaled to add up to 1"),
       ("return torch.zeros_like(probs).scatter(-1, indices, kept)", "return kept", "order of the vocabulary"),
-      (", descending=True", "", "smallest up"),
-      ("values.cumsum(-1) - values < p", "values > 2", "NaN|nan"),
+      (", descending=True", "", "from the smallest up"),
+      ("values.cumsum(-1) - values < p", "values < p", "nothing was left out"),
       ("probs.sort(-1, descending=True)", "probs, torch.arange(probs.size(-1)).expand_as(probs)", "not sorted")]),
     "23": ('''
 import math, torch
@@ -408,10 +409,11 @@ def perplexity(model, texts):
 ''', [
       ("math.exp(total / n)", "total / n", "perplexity is exp of it"),
       ("torch.tensor(ids[1:])", "torch.tensor(ids[:-1])", "shift is missing"),
-      ("    model.eval()\n", "", "dropout was on|modes?"),
-      ('reduction="sum")\n            total, n = total + loss.item(), n + len(ids) - 1', 'reduction="mean")\n            total, n = total + loss.item(), n + 1', "texts' means"),
+      ("    model.eval()\n", "", "dropout was on"),
+      ('reduction="sum")\n            total, n = total + loss.item(), n + len(ids) - 1',
+       'reduction="mean")\n            total, n = total + loss.item(), n + 1', "texts' means"),
       ("    model.train(was)\n", "", "comes back in evaluation mode"),
-      ("n + len(ids) - 1", "n + len(ids)", "is not predicted|expected"),
+      ("n + len(ids) - 1", "n + len(ids)", "is not predicted"),
       ("with torch.no_grad():", "if True:", "builds a graph"),
-      ("            if len(ids) < 2:\n                continue\n", "", "only <.endoftext.>")]),
+      ("            if len(ids) < 2:\n                continue\n", "", "one id has nothing to predict: .*attempt.py")]),
 }

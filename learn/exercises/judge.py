@@ -180,6 +180,8 @@ def shape(got, want, what="the result", axes=""):
 
 def difference(got, want, axes=""):
     """How two tensors of one shape differ: by a factor, a sign, a constant, or somewhere."""
+    if want.numel() == 1:
+        return "has the wrong sign" if got.item() == -want.item() else f"is {got.item():.5g}, expected {want.item():.5g}"
     large = want.abs() > 1e-3 * want.abs().max()
     ratio = got[large] / want[large]
     if large.any() and (ratio - ratio.mean()).abs().max() < 1e-3 * ratio.mean().abs():
@@ -187,12 +189,10 @@ def difference(got, want, axes=""):
         if abs(factor + 1) < 1e-3:
             return "has the wrong sign"
         return f"is {factor:.4g} times too large, everywhere" if abs(factor) > 1 else f"is {1 / factor:.4g} times too small, everywhere"
-    if got.numel() > 1 and (got - want - (got - want).mean()).abs().max() < 1e-3 * (got - want).mean().abs():
+    if (got - want - (got - want).mean()).abs().max() < 1e-3 * (got - want).mean().abs():
         return f"is {(got - want).mean().item():+.4g} away from what it should be, everywhere: a constant is missing"
     wrong = ~torch.isclose(got, want, rtol=1e-4, atol=1e-5 * want[want.isfinite()].abs().max().item())
     at = wrong.nonzero()[0].tolist()
-    if not at:
-        return f"is {got.item():.5g}, expected {want.item():.5g}"
     names = axes.split() or [f"axis {i}" for i in range(want.dim())]
     place = ", ".join(f"{n}={i}" for n, i in zip(names, at))
     return f"is wrong in {int(wrong.sum())} of {wrong.numel()} places, first at {place}: got {got[tuple(at)].item():.5g}, expected {want[tuple(at)].item():.5g}"

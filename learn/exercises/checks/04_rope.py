@@ -39,6 +39,7 @@ def rotation(attempt):
     mirrored = torch.cat((x1 * angle.cos() + x2 * angle.sin(), x2 * angle.cos() + x1 * angle.sin()), -1)
     same(attempt(x, at), reference(x, at), "the result", "B H T D", {
         "the pairs are (x_0, x_1), (x_2, x_3), …, as in the paper and in GPT-J; here they are halves, (x_i, x_{i + D/2}), as in Hugging Face": interleaved,
+        "the pairs are (x_0, x_1), (x_2, x_3), …; here they are halves, (x_i, x_{i + D/2}), as in Hugging Face": pairs,
         "it turns the other way: a sign is swapped, the first half is x1 cos - x2 sin": turned(x, angle, -1),
         "a minus is missing: with + in both halves nothing is rotated": mirrored,
         "the exponent is -i / D and should be -2i / D: the frequencies fall too slowly": turned(x, torch.outer(at.float(), freq(i / D))),

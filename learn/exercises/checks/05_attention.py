@@ -59,6 +59,7 @@ def past_only(attempt):
             wrong(q, k, v, mask="after"),
         "leaks the future: a masked score must be -inf; 0 still gets the weight exp(0) = 1": wrong(q, k, v, mask="times"),
         "leaks the future: the mask is upside down, tokens see only what comes later": wrong(q, k, v, mask="future"),
+        "leaks the future: the softmax goes over the queries; it must go over the keys, dim=-1": wrong(q, k, v, dim=-2),
         "leaks the future, and 1 / sqrt(D) is missing": wrong(q, k, v, scale=1, mask="none")})
     raise Hint("leaks the future: when only the last token changes, the results of earlier ones change too")
 
@@ -83,7 +84,6 @@ def values(attempt):
         "wrong scale: the scores were multiplied by sqrt(D); divide": wrong(q, k, v, scale=D**-0.5),
         "wrong scale: divide by the root of D, the width of a head, not of T, the number of tokens": wrong(q, k, v, scale=math.sqrt(T)),
         "wrong scale: divide by the root of D, the width of one head, not of all heads together": wrong(q, k, v, scale=math.sqrt(H * D)),
-        "the softmax goes over the queries; it must go over the keys, dim=-1, so that each query's weights add up to 1": wrong(q, k, v, dim=-2),
         "the scale comes after the softmax; divide the scores before": wrong(q, k, v, scale=1) / math.sqrt(D),
         "q and k are swapped: a row of scores belongs to a query": wrong(k, q, v)})
 

@@ -1,7 +1,7 @@
 """What is asked of exercise 19, and the solution: nanollm.rl.gae."""
 import torch
 
-from learn.exercises.judge import parts, randn, same
+from learn.exercises.judge import Hint, parts, randn, same
 from nanollm import rl
 
 NAME = "gae"
@@ -74,11 +74,12 @@ def ends(attempt):
     args = (*given(False), GAMMA, LAM)
     rewards, values, mask = given(False)
     got, want = parts(attempt(*args), NAMES), reference(*args)
-    whole = wrong(rewards, values, torch.ones(B, T), GAMMA, LAM)
+    if (torch.as_tensor(got[0]) * (1 - mask)).any():
+        raise Hint("the mask is not used, or too late: advantages on the prompt and in the padding must be 0, "
+                   "and nothing of them may be carried on")
     leak = wrong(*args, keep=False)
     same(got[0], want[0], NAMES[0], AXES, {
         "what stands behind the end leaks into the answer: multiply the carried advantage and value by the mask at each step, not only the result": leak,
-        "the mask is not used: advantages on the prompt and in the padding must be 0": whole,
         "the advantage behind the end is dropped, but its value leaks in: the value after the last token is 0": half_masked(*args)})
     same(got[1], want[1], NAMES[1], AXES, {"the returns outside the answer must be 0: multiply by the mask": want[0] + values})
 

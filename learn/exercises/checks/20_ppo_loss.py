@@ -41,7 +41,9 @@ def mistakes(logps, old, A, mask):
         "the minimum of the ratios was taken, and then times A; for a negative A that is the wrong one": total(torch.min(ratio, held) * A),
         "mean instead of sum: return the sum and the number of tokens": total(right) / mask.sum(),
         "this is the mean over all places; return the sum over the answers' tokens": total(right) / mask.numel(),
-        "the mask is forgotten: prompt and padding count too": -right.sum(), "this is the mean over all places, prompt and padding too": -right.mean(),
+        "the mask is forgotten: prompt and padding count too": -right.sum(),
+        "the mask is forgotten in the sum: prompt and padding count too": -torch.where(mask > 0, right, A).sum(),
+        "this is the mean over all places, prompt and padding too": -right.mean(),
         "the advantages are missing": total(torch.min(ratio, held)),
         "the old policy's log-probability is missing: this is plain policy gradient": total(logps * A)}
 

@@ -27,10 +27,13 @@ def equal_models(attempt):
     """0 when student and teacher are equal"""
     student, _, targets = given()
     got = loss(attempt, student, student, targets, HOT)[0]
-    if torch.as_tensor(got).abs() > 1e-4:
+    if not torch.as_tensor(got).abs() <= 1e-4:
         p = F.softmax(student[targets != -100] / HOT, -1)
         entropy, hot = -(p * p.log()).sum(), F.cross_entropy(student[targets != -100], targets[targets != -100], reduction="sum")
+        cold = F.softmax(student[targets != -100], -1)
         same(got, torch.tensor(0.0), "the loss of a student that equals its teacher", "", {
+            "only the teacher was divided by the temperature; both": HOT**2 * (p * (p.log() - cold.log())).sum(),
+            "only the student was divided by the temperature; both": HOT**2 * (cold * (cold.log() - p.log())).sum(),
             "this is the cross-entropy with the teacher's probabilities: take the teacher's own entropy off, p_t (log p_t - log p_s)": HOT**2 * entropy,
             "this is the cross-entropy with the teacher's probabilities: take the teacher's own entropy off, p_t (log p_t - log p_s) ": entropy,
             "this is the loss of the text; no teacher is in it": hot,

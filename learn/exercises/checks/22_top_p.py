@@ -31,9 +31,9 @@ def simple(attempt):
         "the tokens were not sorted: the likeliest come first, in whatever order the vocabulary has them": norm(keep(0, 1)),
         "the tokens were not sorted: the likeliest come first, in whatever order the vocabulary has them ": norm(keep(0)),
         "sorted from the smallest up: the likeliest must come first (descending=True)": norm(keep(0, 2, 3)),
-        "sorted from the smallest up: the likeliest must come first (descending=True) ": norm(keep(0, 2, 3, 1)),
-        "sorted from the smallest up: the likeliest must come first (descending=True)  ": norm(keep(0, 2)),
-        "nothing was left out": probs, "these are logits; return probabilities": keep(1, 3).log(),
+        "nothing was left out; were the tokens sorted from the smallest up (is descending=True missing)?": probs,
+        "sorted from the smallest up: the likeliest must come first (descending=True) ": norm(keep(0, 2)),
+        "these are logits; return probabilities": keep(1, 3).log(),
         "what was kept and what was left out are swapped": norm(keep(0, 2)),
         "the kept tokens all got the same probability; keep their proportions": norm((keep(1, 3) > 0).float())})
 

@@ -38,6 +38,7 @@ def even(attempt):
         "this is the mean loss in nats; the perplexity is exp of it": math.log(V),
         "this is the mean loss in bits; the perplexity is exp of the mean in nats": 4.0,
         "2 to the power of a loss in nats: either 2 and bits, or e and nats": 2 ** math.log(V), "wrong sign: exp(-mean log p)": 1 / V,
+        "divided by the number of ids; the first of each text is not predicted": math.exp(12 / 14 * math.log(V)),
         "the loss was added up, not averaged": math.exp(12 * math.log(V))})
 
 
