@@ -14,7 +14,7 @@ Judge:  python -m learn.exercises 02
 """
 import numpy as np
 
-from nanollm.corpus.minhash import EMPTY, fmix32  # noqa: F401  fmix32 mixes the bits of hashes (N,) uint32; EMPTY = 2^32 - 1
+from nanollm.corpus.minhash import EMPTY, fmix32  # fmix32 mixes the bits of hashes (N,) uint32; EMPTY = 2^32 - 1
 
 
 def signature(hashes, a, b):

@@ -11,7 +11,7 @@ each vector by its root mean square. eps keeps a vector of zeros from a division
 
 Zhang & Sennrich 2019, eq. 4 (arXiv:1910.07467). The solution: `RMSNorm` in nanollm/model.py. Judge:  python -m learn.exercises 03
 """
-import torch  # noqa: F401
+import torch
 
 
 def rms_norm(x, weight, eps):

@@ -12,7 +12,7 @@ softmax begins neither flat nor one-hot.
 Vaswani et al. 2017, eq. 1 (arXiv:1706.03762). The solution: `naive_attention` in nanollm/model.py. Judge:
 python -m learn.exercises 05
 """
-import torch  # noqa: F401
+import torch
 
 
 def attention(q, k, v):

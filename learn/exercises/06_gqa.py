@@ -11,8 +11,8 @@ heads 0 … H/G - 1 read key/value head 0, the next H/G read head 1, and so on. 
 Ainslie et al. 2023, section 2 (arXiv:2305.13245). The solution: `Attention.forward` in nanollm/model.py. Judge:
 python -m learn.exercises 06
 """
-import torch  # noqa: F401
-import torch.nn.functional as F  # noqa: F401
+import torch
+import torch.nn.functional as F
 
 
 def grouped_query_attention(q, k, v):

@@ -10,7 +10,7 @@ cache for a text of S tokens holds 2 * layers * G * D * S numbers.
 
 Pope et al. 2022, section 3 (arXiv:2211.05102). The solution: `KVCache` in nanollm/model.py. Judge:  python -m learn.exercises 07
 """
-import torch  # noqa: F401
+import torch
 
 
 class KVCache:

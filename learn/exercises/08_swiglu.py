@@ -11,8 +11,8 @@ instead of two, so the width F is made 2/3 of what it was.
 Shazeer 2020, eq. 6 (arXiv:2002.05202). W1 is the gate, W3 the up and W2 the down projection, as in LLaMA. The solution: `FeedForward` in
 nanollm/model.py. Judge:  python -m learn.exercises 08
 """
-import torch  # noqa: F401
-import torch.nn.functional as F  # noqa: F401
+import torch
+import torch.nn.functional as F
 
 
 def swiglu_ffn(x, w1, w2, w3):

@@ -13,9 +13,9 @@ A target of -100 means: no loss here (a prompt, padding). Return the sum and the
 can several batches be put together rightly. The idea: Chen et al. 2016 (arXiv:1604.06174). The solution: `linear_cross_entropy` in
 nanollm/losses.py. Judge:  python -m learn.exercises 09
 """
-import torch  # noqa: F401
-import torch.nn.functional as F  # noqa: F401
-from torch.utils.checkpoint import checkpoint  # noqa: F401
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 def chunked_cross_entropy(hidden, weight, targets, chunk):

@@ -14,7 +14,7 @@ at 0 and are too small at first; the bias correction divides by how much weight 
 Kingma & Ba 2015, algorithm 1 (arXiv:1412.6980); Loshchilov & Hutter 2019, algorithm 2 (arXiv:1711.05101). The solution: `make_optimizer` in
 nanollm/optim.py, which takes torch.optim.AdamW. Judge:  python -m learn.exercises 10
 """
-import torch  # noqa: F401
+import torch
 
 
 def adamw_step(p, grad, m, v, t, lr, beta1, beta2, eps, weight_decay):

@@ -12,7 +12,7 @@ middle, flat at the end. Behind the end the minimum holds.
 
 Loshchilov & Hutter 2017, eq. 5 (arXiv:1608.03983). The solution: `get_lr` in nanollm/optim.py. Judge:  python -m learn.exercises 11
 """
-import math  # noqa: F401
+import math
 
 
 def lr_at(it, peak, low, warmup, total):

@@ -12,7 +12,7 @@ advance: when a gradient is infinite or NaN the update is left out and the scale
 Micikevicius et al. 2018, section 3.2 (arXiv:1710.03740). The solution: torch.amp.GradScaler, in the order of `update` in nanollm/optim.py. Judge:
 python -m learn.exercises 12
 """
-import torch  # noqa: F401
+import torch
 
 
 def scaler_step(grads, scale, streak, interval, growth=2.0, backoff=0.5):

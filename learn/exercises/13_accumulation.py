@@ -12,8 +12,8 @@ micro-batch contributes its sum, divided by the number of targets of the whole b
 Many training loops had this wrong until 2024. The solution: the loop in train_pretrain.py with `cross_entropy` in nanollm/losses.py. Judge:
 python -m learn.exercises 13
 """
-import torch  # noqa: F401
-import torch.nn.functional as F  # noqa: F401
+import torch
+import torch.nn.functional as F
 
 
 def accumulate(model, batches):

@@ -11,7 +11,7 @@ message costs time before its first byte, so one large message is better than hu
 
 Li et al. 2020, section 3.2 (arXiv:2006.15704). The solution: `DDP` in nanollm/dist.py. Judge:  python -m learn.exercises 14
 """
-import torch  # noqa: F401
+import torch
 
 
 def average_gradients(parameters, world_size, all_reduce):

@@ -11,9 +11,9 @@ gradient. (With both at zero no gradient would ever arrive.)
 
 Hu et al. 2021, section 4.1 (arXiv:2106.09685). The solution: `LoRALinear` in nanollm/peft/lora.py. Judge:  python -m learn.exercises 16
 """
-import torch  # noqa: F401
+import torch
 import torch.nn as nn
-import torch.nn.functional as F  # noqa: F401
+import torch.nn.functional as F
 
 
 class LoRALinear(nn.Module):

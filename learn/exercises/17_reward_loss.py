@@ -10,8 +10,8 @@ position; the score of an answer is the one at its last real token, where everyt
 
 Ouyang et al. 2022, eq. 1 (arXiv:2203.02155). The solution: `reward_loss` in nanollm/losses.py. Judge:  python -m learn.exercises 17
 """
-import torch  # noqa: F401
-import torch.nn.functional as F  # noqa: F401
+import torch
+import torch.nn.functional as F
 
 
 def reward_loss(rewards, lengths):

@@ -10,8 +10,8 @@ into the reward loss of exercise 17 and train the policy itself. The reference i
 
 Rafailov et al. 2023, eq. 7 (arXiv:2305.18290). The solution: `dpo_loss` in nanollm/losses.py. Judge:  python -m learn.exercises 18
 """
-import torch  # noqa: F401
-import torch.nn.functional as F  # noqa: F401
+import torch
+import torch.nn.functional as F
 
 
 def dpo_loss(logps, ref_logps, beta):

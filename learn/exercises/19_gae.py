@@ -11,7 +11,7 @@ but as wrong as the critic), with lam = 1 everything up to the end (no bias, muc
 
 Schulman et al. 2016, eq. 16 (arXiv:1506.02438). The solution: `gae` in nanollm/rl.py. Judge:  python -m learn.exercises 19
 """
-import torch  # noqa: F401
+import torch
 
 
 def gae(rewards, values, mask, gamma, lam):

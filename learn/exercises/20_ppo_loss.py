@@ -12,7 +12,7 @@ both keeps the pessimistic one: a step that made things worse is still punished.
 
 Schulman et al. 2017, eq. 7 (arXiv:1707.06347). The solution: `ppo_policy_loss` in nanollm/rl.py. Judge:  python -m learn.exercises 20
 """
-import torch  # noqa: F401
+import torch
 
 
 def ppo_loss(logps, old_logps, advantages, mask, clip):

@@ -11,8 +11,8 @@ probabilities show; the gradient then shrinks like 1 / T^2, which the factor T^2
 Hinton, Vinyals & Dean 2015, section 2 (arXiv:1503.02531). The solution: `kd_loss_sum` in nanollm/distill.py. Judge:
 python -m learn.exercises 21
 """
-import torch  # noqa: F401
-import torch.nn.functional as F  # noqa: F401
+import torch
+import torch.nn.functional as F
 
 
 def kd_loss(student_logits, teacher_logits, targets, temperature):

@@ -10,7 +10,7 @@ where it is not. The token that crosses p belongs to the set, so at least one is
 
 Holtzman et al. 2020, section 3.1 (arXiv:1904.09751). The solution: `sample` in nanollm/generate.py. Judge:  python -m learn.exercises 22
 """
-import torch  # noqa: F401
+import torch
 
 
 def top_p(logits, p):

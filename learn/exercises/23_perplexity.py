@@ -10,8 +10,8 @@ or of their perplexities, is something else, which short texts dominate. Evaluat
 
 Jelinek et al. 1977. The solution: `continuation_losses` and `loss_table` in nanollm/evaluation.py. Judge:  python -m learn.exercises 23
 """
-import torch  # noqa: F401
-import torch.nn.functional as F  # noqa: F401
+import torch
+import torch.nn.functional as F
 
 
 def perplexity(model, texts):

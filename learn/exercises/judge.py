@@ -68,7 +68,7 @@ def in_words(error, title, file, what):
     if isinstance(error, SyntaxError) and error.filename and Path(error.filename) == file:
         return Hint(f"{title}: {file.name}:{error.lineno}: {type(error).__name__}: {error.msg}")
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file]
-    if isinstance(error, NotImplementedError) and frames:
+    if isinstance(error, NotImplementedError) and frames and frames[-1].line.startswith("raise"):      # torch raises it, too
         return Blank(f"still blank: {file.name}:{frames[-1].lineno} raises NotImplementedError; write {what} there")
     message = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
     if frames:
@@ -145,7 +145,7 @@ def equal(got, want, what="the result", mistakes=None):
         for sentence, value in (mistakes or {}).items():
             if got == value:
                 raise Hint(sentence)
-        raise Hint(f"{what} is {got!r}, expected {want!r}")
+        raise Hint(f"{what}: got {got!r}, expected {want!r}")
 
 
 def same(got, want, what="the result", axes="", mistakes=None, tolerance=1e-4):
@@ -164,9 +164,9 @@ def same(got, want, what="the result", axes="", mistakes=None, tolerance=1e-4):
             raise Hint(sentence)
     shape(got, want.shape, what, axes)
     if not got.isfinite().all() and want.isfinite().all():
-        raise Hint(f"{what} is {got[~got.isfinite()][0].item()} in {int((~got.isfinite()).sum())} of {got.numel()} places; is something "
+        raise Hint(f"{what}: {got[~got.isfinite()][0].item()} in {int((~got.isfinite()).sum())} of {got.numel()} places; is something "
                    "divided by 0, or a logarithm or a softmax taken of nothing?")
-    raise Hint(f"{what} {difference(got.double(), want.double(), axes)}")
+    raise Hint(f"{what}: {difference(got.double(), want.double(), axes)}")
 
 
 def shape(got, want, what="the result", axes=""):
@@ -175,27 +175,27 @@ def shape(got, want, what="the result", axes=""):
         return
     named = f" ({', '.join(f'{n}={s}' for n, s in zip(axes.split(), want))})" if axes else ""
     why = "; the axes are in another order" if sorted(got.shape) == sorted(want) else "; one axis is missing" if len(got.shape) < len(want) else ""
-    raise Hint(f"{what} has the wrong shape: expected {tuple(want)}{named}, got {tuple(got.shape)}{why}")
+    raise Hint(f"wrong shape of {what}: expected {tuple(want)}{named}, got {tuple(got.shape)}{why}")
 
 
 def difference(got, want, axes=""):
     """How two tensors of one shape differ: by a factor, a sign, a constant, or somewhere."""
     if want.numel() == 1:
-        return "has the wrong sign" if got.item() == -want.item() else f"is {got.item():.5g}, expected {want.item():.5g}"
+        return "wrong sign" if got.item() == -want.item() else f"got {got.item():.5g}, expected {want.item():.5g}"
     large = want.abs() > 1e-3 * want.abs().max()
     ratio = got[large] / want[large]
     if large.any() and (ratio - ratio.mean()).abs().max() < 1e-3 * ratio.mean().abs():
         factor = ratio.mean().item()
         if abs(factor + 1) < 1e-3:
-            return "has the wrong sign"
-        return f"is {factor:.4g} times too large, everywhere" if abs(factor) > 1 else f"is {1 / factor:.4g} times too small, everywhere"
+            return "wrong sign"
+        return f"{factor:.4g} times too large, everywhere" if abs(factor) > 1 else f"{1 / factor:.4g} times too small, everywhere"
     if (got - want - (got - want).mean()).abs().max() < 1e-3 * (got - want).mean().abs():
-        return f"is {(got - want).mean().item():+.4g} away from what it should be, everywhere: a constant is missing"
+        return f"{(got - want).mean().item():+.4g} away from what it should be, everywhere: a constant is missing"
     wrong = ~torch.isclose(got, want, rtol=1e-4, atol=1e-5 * want[want.isfinite()].abs().max().item())
     at = wrong.nonzero()[0].tolist()
     names = axes.split() or [f"axis {i}" for i in range(want.dim())]
     place = ", ".join(f"{n}={i}" for n, i in zip(names, at))
-    return f"is wrong in {int(wrong.sum())} of {wrong.numel()} places, first at {place}: got {got[tuple(at)].item():.5g}, expected {want[tuple(at)].item():.5g}"
+    return f"wrong in {int(wrong.sum())} of {wrong.numel()} places, first at {place}: got {got[tuple(at)].item():.5g}, expected {want[tuple(at)].item():.5g}"
 
 
 def gradient(result, *inputs, names=("the input",)):

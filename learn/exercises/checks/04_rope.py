@@ -76,7 +76,7 @@ def distance(attempt):
     """a dot product knows only the distance"""
     q, k = randn(1, 1, 1, D), randn(1, 1, 1, D, seed=1)
     dot = lambda m, n: (attempt(q, torch.tensor([m])) * attempt(k, torch.tensor([n]))).sum()
-    same(dot(9, 4), dot(105, 100), "the dot product of positions 9 and 4, and of 105 and 100,")
+    same(dot(9, 4), dot(105, 100), "the dot product of positions 9 and 4, and of 105 and 100")
 
 
 def half(attempt):

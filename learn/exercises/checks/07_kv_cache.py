@@ -99,7 +99,7 @@ def decoding(attempt):
     cache = Cache()
     with torch.no_grad():
         got = torch.cat([model(piece, cache=cache) for piece in tokens.split([4, 1, 1, 1], 1)], 1)
-        same(got, model(tokens), "the logits, 4 + 1 + 1 + 1 tokens,", "B T V", tolerance=1e-3)
+        same(got, model(tokens), "the logits, 4 + 1 + 1 + 1 tokens", "B T V", tolerance=1e-3)
 
 
 CHECKS = [empty, apart, first, second, layers, counted, decoding]

@@ -94,7 +94,7 @@ def unused(attempt):
             if got is None:
                 raise Hint(f"rank {rank} had no gradient for parameter {i} and has none afterwards; the others' mean belongs there too, "
                            "or the copies drift apart")
-            same(got, sum(grads) / W, f"the gradient of parameter {i} on rank {rank}, which only {len(grads)} of {W} ranks have,", "", {
+            same(got, sum(grads) / W, f"the gradient of parameter {i} on rank {rank}, which only {len(grads)} of {W} ranks have", "", {
                 "a missing gradient counts as zero: divide by world_size, not by the number of ranks that have one": sum(grads) / len(grads)})
 
 
