@@ -18,7 +18,8 @@ ALL = [p for folder in ("", "nanollm", "tests", "bench", "learn", "runs", "examp
 # and checkpoint needs it, so it stands between. parallel knows torch only; dist hands over to it under its flags.
 LAYERS = {"config": -2, "by_hand": -2, "parallel": -1, "zero": -1, "dist": 0, "losses": 0, "foreign_tokenizers": 0, "quant": 0, "heads": 1, "model": 1, "tokenizer": 1, "optim": 1, "log": 1, "peft": 1.5, "adapter_files": 3, "rl": 1, "rollout": 3, "sampler": 0, "mixture": 1,
           "data": 2, "pairs": 2, "decode": 1.5, "generate": 2, "beam": 3, "checkpoint": 2, "hf": 2, "gguf_export": 3, "evaluation": 3, "classify": 3, "report": 3, "world": 3, "curriculum": 3, "distill": 3, "preferences": 4, "env": 1, "plot": 2, "plan": 3,
-          "metrics": 0, "subjects": 0, "scoreboard": 0, "contamination": 3, "choices": 4, "demo": 5}
+          "metrics": 0, "subjects": 0, "scoreboard": 0, "contamination": 3, "choices": 4, "demo": 5,
+          "ask": 3}
 CORE = {"torch", "numpy", "tiktoken", "sentencepiece", "datasketch", "pyarrow", "tqdm", "regex"}      # regex comes with tiktoken
 OPTIONAL = {"matplotlib", "safetensors", "gguf", "jinja2", "trafilatura", "jieba", "ray", "tensorboard", "fastapi", "starlette", "uvicorn"}
 
@@ -208,7 +209,8 @@ def test_the_road_stays_readable():
     assert length(p for p in SCRIPTS if p.stem != "train_classify") <= 2220          # a wing: it trains no chat model
     aside = {"tools", "variants", "serve", "world.py", "report.py", "evaluation.py", "hf.py", "beam.py", "decode.py", "gguf_export.py", "peft", "adapter_files.py", "foreign_tokenizers.py", "curriculum.py", "distill.py", "preferences.py", "mixture.py", "parallel.py", "zero.py", "by_hand.py",
              "plan.py", "plot.py", "env.py", "rl.py", "rollout.py", "quant.py", "heads.py", "classify.py",
-             "choices.py", "subjects.py", "metrics.py", "contamination.py", "scoreboard.py", "demo.py"}
+             "choices.py", "subjects.py", "metrics.py", "contamination.py", "scoreboard.py", "demo.py",
+             "ask.py"}
     assert length(p for p in PACKAGE if not aside & set(p.relative_to(ROOT).parts) and (p.parent.name != "corpus" or p.name in CORPUS_CORE)) <= 3950
     assert all(len(line) <= 160 for p in [*PACKAGE, *SCRIPTS] for line in p.read_text(encoding="utf-8").splitlines())
 
