@@ -259,7 +259,7 @@ def fp16_range(plt, demo=None, scale=2**16, steps=60, update=2**19):
             ax.axvspan(left, right, color=colour, zorder=0)
             ax.text((left + right) / 2, 0.97, word, transform=ax.get_xaxis_transform(), ha="center", va="top", fontsize=7)
         ax.set(xlim=(-46, 16), xlabel="log2 |gradient|", title=f"loss × {factor:,}: {lost[factor]:.1%} are lost")
-    axes[0].set_ylabel("% of the gradients")
+    axes[0].set(ylabel="% of the gradients", ylim=(0, 1.2 * axes[0].get_ylim()[1]))
     return lost
 
 
