@@ -1,6 +1,6 @@
 """The pictures of the course (docs/course/), all made again by one command.
 
-    python -m learn.pictures                               all, about a minute on one core; needs the demo run and matplotlib
+    python -m learn.pictures                               all, half a minute on one core; needs the demo run and matplotlib
     python -m learn.pictures rope schedules                these two
     python -m learn.pictures --demo out/other --out out/pictures
 
