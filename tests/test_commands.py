@@ -40,8 +40,8 @@ ELSEWHERE = {                                                # what stands in a 
     r"^python -m pytest": "that is this", r"--serve": "tests/test_serve.py", r"nanollm\.ask": "tests/test_questions.py",
 }
 SOURCES = ("web", "wiki", "code", "books", "chats")
-MODELS = ("demo/pretrain demo/sft demo/dpo demo/ppo try/sft try/student try/stream try/muon_fast tuned imported base mine/pretrain mine/sft mine/dpo "
-          "real/base real/sft").split()
+MODELS = ("demo/pretrain demo/sft demo/dpo demo/ppo try/sft try/student try/stream try/muon_fast try/base try/muon try/adamw try/bf16 "
+          "try/changed tuned imported base mine/pretrain mine/sft mine/dpo real/base real/sft").split()
 FEW = dict(max_steps=2, eval_every=2, save_every=2, log_every=1, eval_batches=2, eval_prompts=4, batch_size=2, max_new_tokens=8, epochs=0.0, warmup_steps=1,
            minibatches=2, group=2, n=2, max_rows=6, max_tokens=3000)
 OWN = {"train_ppo": dict(batch_size=4, max_rows=0), "prepare_data": dict(max_rows=30, max_new_tokens=150), "train_classify": dict(max_rows=0)}
@@ -72,7 +72,7 @@ def place(tmp_path_factory):
     demo_world.write("out/demo/raw", "smoke")
     for stage in ("clean", "dedup", "tokenizer", "tokenize"):
         prepare_data.main([stage, "--config", f"configs/smoke/{stage}.toml", "--out", "out/demo", *(["--input", "out/demo/raw/documents.jsonl"] if stage == "clean" else [])])
-    for run in ("smoke", "mine"):                            # the same corpus under the other names
+    for run in ("smoke", "mine", "try"):                     # the same corpus under the other names
         shutil.copytree("out/demo", f"out/{run}")
     lines = [doc.text for doc in demo_world.documents(400, seed=3)]
     for folder in ("my_texts", "corpus", "texts", "books", "data/pretrain"):
@@ -80,7 +80,7 @@ def place(tmp_path_factory):
         (here / folder / "a.txt").write_text("\n\n".join(lines[:300]), encoding="utf-8")
     for name in ("wiki.txt", "play.txt", "input.txt"):
         (here / name).write_text("\n\n".join(lines), encoding="utf-8")
-    os.makedirs("path/to"), os.makedirs("data/tokenizers"), os.makedirs("data/sft"), os.makedirs("data/prefs"), os.makedirs("out/try"), os.makedirs("old")
+    os.makedirs("path/to"), os.makedirs("data/tokenizers"), os.makedirs("data/sft"), os.makedirs("data/prefs"), os.makedirs("old")
     for name in ("c4.jsonl", "poetry.jsonl", "poems.jsonl", "news.jsonl.gz", "out/some.jsonl"):
         write_jsonl(here / name, [{"text": line} for line in lines])
     for name in "my_chats chats chats_val more ours general sharegpt_zh firefly_zh sft_rows out/try/sft data/sft/sharegpt_zh".split():
