@@ -1,6 +1,6 @@
 """Gradients added up in 16 bits: what does accumulation lose?
 
-    python -m learn.experiments.fp16_accumulation          a minute on one core
+    python -m learn.experiments.fp16_accumulation          a minute and a half on one core
 
 N micro-batches of equal size are one batch: the gradient of a mean is the mean of the gradients, each divided by N before it is
 added. The sum is exact up to rounding, and rounding depends on the type of the numbers that are added up. In 16 bits each

@@ -68,7 +68,7 @@ def main(cfg):
             plt.plot(losses, label=name, linewidth=0.9, linestyle="--" if name in ("fp32", "bf16, 2048", "fp16 scaled, 2048") else "-")
         plt.xlabel("update")
         plt.ylabel("training loss, nats")
-        plt.legend(title="products, micro-batches", ncols=2)
+        plt.legend(title="products, micro-batches", ncols=2, loc="lower left")
     lab.finish(cfg, figures, claims, draw)
 
 
