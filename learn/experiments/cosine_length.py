@@ -6,7 +6,7 @@ The rate falls along half a cosine (Loshchilov & Hutter 2017, eq. 5) to a tenth 
 spent at the lowest rate; too long, and the run stops while the rate is still high. Hoffmann et al. 2022 (figure A1) see a loss as soon
 as the cycle is more than a quarter longer than the run; the notes allow 1 to 1.25 times. Same run, six lengths.
 
-Here too short is much worse and too long is better, even twice the run: after 1.7 tokens a parameter nothing has settled yet, and every
+Here too short is much worse and too long is better, even twice the run: after 1.3 tokens a parameter nothing has settled yet, and every
 update at a high rate still pays more than bringing it down. The rule of the paper is one for runs that are long for their model.
 """
 import torch
