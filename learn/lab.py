@@ -40,12 +40,10 @@ class Config:
 
 def start(main, file, doc, cls=Config):
     """The last line of an experiment: options, then main(cfg)."""
-    began = time.perf_counter()
-
-    def timed(cfg):
-        cfg.name, cfg.began, cfg.doc = Path(file).stem, began, doc
+    def named(cfg):
+        cfg.name = Path(file).stem
         main(cfg)
-    run(timed, cls, doc)
+    run(named, cls, doc)
 
 
 @functools.cache
@@ -149,7 +147,7 @@ def finish(cfg, figures, claims, draw=None, within=None):
         print(f"  {name:<{width}}  {mean(runs):.4g}{several}")
     for sentence, holds in claims.items():
         print(f"  {'yes' if holds else 'NO '}  {sentence}")
-    record = {"experiment": cfg.name, "scale": cfg.scale, "seeds": cfg.seeds, "seconds": round(time.perf_counter() - cfg.began, 1), **env.stamp(),
+    record = {"experiment": cfg.name, "scale": cfg.scale, "seeds": cfg.seeds, "seconds": round(time.process_time(), 1), **env.stamp(),       # of processor time
               "figures": {name: {"mean": mean(runs), "std": spread(runs), "runs": runs,
                                  "within": (within or {}).get(name, 0.02) * abs(mean(runs)) + 3 * spread(runs)} for name, runs in figures.items()},
               "claims": {sentence: bool(holds) for sentence, holds in claims.items()}}

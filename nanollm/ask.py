@@ -133,8 +133,9 @@ def shown(entry, lang):
 
 @functools.cache
 def tests_of(path):
-    """Names of the test functions of a file."""
-    return {node.name for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))) if isinstance(node, ast.FunctionDef)} if (ROOT / path).exists() else set()
+    """Names of the test functions of a file, none if there is no such file."""
+    source = (ROOT / path).read_text(encoding="utf-8") if (ROOT / path).exists() else ""
+    return {node.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)}
 
 
 def symbol(name):
@@ -217,7 +218,8 @@ def main(cfg):
         print("\n" + ("别的近似问题：" if lang == "zh" else "Near it:"))
         print("\n".join(f"  {entry['id']:<5} {entry[lang]}" for entry in found[1:]))
     for command in demonstrations(found[0]):
-        if cfg.run or sys.stdin.isatty() and input(f"\n{'现在运行？' if lang == 'zh' else 'Run it now?'} {spoken(command)} [y/N] ").strip().lower() in ("y", "yes"):
+        offer = f"\n{'现在运行？' if lang == 'zh' else 'Run it now?'} {spoken(command)} [y/N] "
+        if cfg.run or sys.stdin.isatty() and input(offer).strip().lower() in ("y", "yes"):
             subprocess.run(command, cwd=ROOT)
 
 

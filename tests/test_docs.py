@@ -18,8 +18,8 @@ from nanollm.model import ModelArgs
 from nanollm.tools import results
 
 ROOT = Path(__file__).parent.parent
-ENGLISH = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-CHINESE = [ROOT / "README_zh.md", *sorted((ROOT / "docs" / "zh").glob("*.md"))]
+ENGLISH, CHINESE = ([ROOT / readme, *sorted((ROOT / docs).glob("*.md")), *sorted((ROOT / docs / "course").glob("*.md"))]
+                    for readme, docs in (("README.md", "docs"), ("README_zh.md", "docs/zh")))
 PAGES = ENGLISH + CHINESE
 SHELL = ("", "sh", "bash", "console")
 HOSTS = {"pytorch.org", "python.org", "arxiv.org"}     # homepages and papers; everything else is named in words
@@ -50,7 +50,7 @@ def commands(page):
 def check(words):
     """Raises whatever is wrong (ImportError, AttributeError, UserError) with a command of ours."""
     if words[:2] == ["python", "-m"]:
-        if words[2].startswith("nanollm."):
+        if words[2].startswith(("nanollm.", "learn.")):
             module = importlib.import_module(words[2])
             if hasattr(module, "Config"):
                 config.parse(module.Config, words[3:])
@@ -78,7 +78,7 @@ def options():
     """Every option that exists anywhere: the scripts', their subcommands', the report's and the shell scripts'."""
     known = {"--smoke", "--force", "--help", "--config", "--standalone", "--nproc_per_node", "--nnodes", "--node_rank",
              "--master_addr", "--master_port", "--max_restarts", "--rdzv_backend", "--readme", "--run_dir", "--key"}
-    tools = ["nanollm.plan", "nanollm.plot", *(f"nanollm.tools.{path.stem}" for path in (ROOT / "nanollm" / "tools").glob("[a-z]*.py"))]
+    tools = ["nanollm.plan", "nanollm.plot", "nanollm.ask", "learn.lab", "learn.site", *(f"nanollm.tools.{path.stem}" for path in (ROOT / "nanollm" / "tools").glob("[a-z]*.py"))]
     for name in [*(path.stem for path in ROOT.glob("*.py")), *tools]:
         for cls in vars(importlib.import_module(name)).values():
             if inspect.isclass(cls) and hasattr(cls, "__dataclass_fields__"):
