@@ -13,6 +13,7 @@ if flaws are many; if they are few it is wrong about most of them, while its acc
 the same source praises the bias. `val/longer_wins` and `val/length_correlation` of train_rm.py are there to catch it.
 """
 import itertools
+import textwrap
 
 import torch
 
@@ -92,8 +93,8 @@ def main(cfg):
                 plt.bar([x + 0.4 * j for x in range(len(WHAT))], [lab.mean(r) for r in runs], 0.38, yerr=[lab.spread(r) for r in runs], capsize=2, color=colour,
                         label=f"better text longer in {name.split()[0]}")
             plt.axhline(0.5, color="grey", linewidth=0.5)
-            plt.xticks([x + 0.2 for x in range(len(WHAT))], [what.replace(" ", "\n", 2) for what in WHAT], fontsize=7)
-            plt.ylim(0, 1.15)
+            plt.xticks([x + 0.2 for x in range(len(WHAT))], [textwrap.fill(what, 12) for what in WHAT], fontsize=7)
+            plt.ylim(0, 1.4)
             plt.title(kind)
             if not i:
                 plt.ylabel("accuracy (share) on new texts")
