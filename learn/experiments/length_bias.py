@@ -1,18 +1,19 @@
-"""What does a reward model learn from pairs in which the better answer is usually the longer one?
+"""What does a reward model learn from pairs in which the better text is always the longer one, too?
 
-    python -m learn.experiments.length_bias                a minute on one core
+    python -m learn.experiments.length_bias                a minute and a half on one core
 
-Every label here is right: the worse text of a pair always has wrong words in it (tokens of another place of the corpus), every sixth
-token ("many flaws", easy to see) or one in thirty ("few flaws"). What varies is chance: in 50 or in 90 % of the training pairs the better
-text is also the longer one. Length is easy to read; how much of it a reward model takes depends on how hard the quality is (Singhal et al.
-2023, "A Long Way to Go", arXiv:2310.03716, section 3). It is judged on new pairs whose longer text is better, and on as many whose shorter
-one is; and on texts against their own first half, where nothing was added but tokens.
+Every label here is right: the worse text of a pair always has wrong tokens in it (drawn at random), every sixth ("many flaws", easy to see)
+or one in thirty ("few flaws"). What varies is the company: in 50 or in 100 % of the training pairs the better text is also the longer one.
+How much of that a reward model takes depends on how hard the quality is to see (for large models: Singhal et al. 2023, "A Long Way
+to Go", arXiv:2310.03716). It is judged on new pairs whose longer text is better, and on as many whose shorter one is; and on whole
+texts against their own first half, where nothing was added but tokens.
 
-One should see: with balanced pairs both accuracies are alike. With 90 % the model is less often right where the shorter text is better; a
-little if flaws are many, far below chance if they are few, while its accuracy on pairs like its own *rises*: a held-out set from the
-same source praises the bias. `val/longer_wins` and `val/length_correlation` of train_rm.py are there to catch it.
+One should see: trained on balanced pairs both accuracies are nearly alike. With 100 % it loses some of the pairs whose shorter text is better
+if flaws are many; if they are few it is wrong about most of them, while its accuracy on pairs like its own *rises*: a held-out set from
+the same source praises the bias. `val/longer_wins` and `val/length_correlation` of train_rm.py are there to catch it.
 """
 import itertools
+import textwrap
 
 import torch
 
@@ -92,8 +93,8 @@ def main(cfg):
                 plt.bar([x + 0.4 * j for x in range(len(WHAT))], [lab.mean(r) for r in runs], 0.38, yerr=[lab.spread(r) for r in runs], capsize=2, color=colour,
                         label=f"better text longer in {name.split()[0]}")
             plt.axhline(0.5, color="grey", linewidth=0.5)
-            plt.xticks([x + 0.2 for x in range(len(WHAT))], [what.replace(" ", "\n", 2) for what in WHAT], fontsize=7)
-            plt.ylim(0, 1.15)
+            plt.xticks([x + 0.2 for x in range(len(WHAT))], [textwrap.fill(what, 12) for what in WHAT], fontsize=7)
+            plt.ylim(0, 1.4)
             plt.title(kind)
             if not i:
                 plt.ylabel("accuracy (share) on new texts")

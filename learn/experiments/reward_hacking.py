@@ -90,8 +90,10 @@ def main(cfg):
     free, held = f"beta {BETAS[0]:g}", f"beta {BETAS[1]:g}"
     claims = {"both raise the reward": all(lab.higher(figures[f"reward, {name}"], figures["reward, at the start"]) for name in (free, held)),
               "without the leash the reward is higher": lab.higher(figures[f"reward, {free}"], figures[f"reward, {held}"]),
-              "without the leash the judge finds the text less likely": lab.higher(figures[f"judge's nats a token, {free}"], figures[f"judge's nats a token, {held}"]),
-              "without the leash the text repeats itself more": lab.higher(figures[f"repeated 4-grams, {free}"], figures[f"repeated 4-grams, {held}"])}
+              "without the leash the judge finds the text less likely":
+                  lab.higher(figures[f"judge's nats a token, {free}"], figures[f"judge's nats a token, {held}"]),
+              "without the leash the text repeats itself more":
+                  lab.higher(figures[f"repeated 4-grams, {free}"], figures[f"repeated 4-grams, {held}"])}
 
     def draw(plt):
         for i, label in enumerate((f'reward: "{WORD}" in {LENGTH} tokens', "independent judge, nats a token")):
