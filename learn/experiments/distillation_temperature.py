@@ -7,8 +7,8 @@ taken of logits / T (Hinton et al. 2015, section 2). A high T shows more of what
 shrinks like 1 / T^2, which the factor T^2 makes up for. One sees the loss on new text, with the factor and without, beside a
 student of the text alone.
 
-The teacher helps, and T 1 is enough: above it the students get no better and the seeds fall apart, for a narrow student cannot follow
-the teacher's opinion of 512 tokens that hardly ever come. So T^2 is no gain in itself: it keeps the weight of the term, good or bad.
+The teacher helps, and T 1 is enough: above it the students get no better and differ more from seed to seed. (Hinton et al., too, found
+high temperatures worse where the student is much too small.) So T^2 is no gain in itself: it keeps the weight of the term.
 """
 import torch
 
