@@ -72,8 +72,10 @@ def test_errors_of_the_learner_are_one_sentence_with_file_and_line(tmp_path):
                           ("def rms_norm(x, weight, eps):\n    pass", "`return` missing"),
                           ("def rms_norm(x, weight, eps):\n    return x.tolist()", "must be a torch.Tensor; it is of type list"),
                           ("import nothing_of_that_name", "ModuleNotFoundError"),
-                          ("def rms_norm(x, weight, eps):\n    return 2 * x / x.pow(2).mean(-1, keepdim=True).sqrt()", "2 times too large"),
-                          ("def rms_norm(x, weight, eps):\n    return x.sum(-1)", r"wrong shape of the result: expected \(2, 4, 8\) \(B=2, T=4, C=8\), got \(2, 4\)")):
+                          ("def rms_norm(x, weight, eps):\n    return 2 * x / x.pow(2).mean(-1, keepdim=True).sqrt()",
+                           "2 times too large"),
+                          ("def rms_norm(x, weight, eps):\n    return x.sum(-1)",
+                           r"wrong shape of the result: expected \(2, 4, 8\) \(B=2, T=4, C=8\), got \(2, 4\)")):
         hint = verdict("03_rmsnorm", source, tmp_path)[1]
         assert hint and re.search(words, str(hint)), (source, str(hint))
 

@@ -8,7 +8,7 @@ cache for a text of S tokens holds 2 * layers * G * D * S numbers.
 
     k_all = [k of the tokens before | k of the new ones],  v_all likewise, in every layer;  length = tokens read so far
 
-Pope et al. 2022, section 3 (arXiv:2211.05102). The solution: `KVCache` in nanollm/model.py. Judge:  python -m learn.exercises 07
+Pope et al. 2022 (arXiv:2211.05102). The solution: `KVCache` in nanollm/model.py. Judge:  python -m learn.exercises 07
 """
 import torch
 

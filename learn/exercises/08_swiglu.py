@@ -2,9 +2,9 @@
 
 中文：实现 SwiGLU 前馈层：一路经 SiLU 当门，与另一路逐元素相乘，再投影回原来的宽度。
 
-Behind attention every token passes a small network of its own, two thirds of the model's weights. The classic one is up, nonlinearity, down. SwiGLU
-goes up twice: one path, through SiLU, is a gate that decides how much of each number of the other path gets through. Three matrices
-instead of two, so the width F is made 2/3 of what it was.
+Behind attention every token passes a small network by itself, which holds two thirds of a block's weights. The classic one is up,
+nonlinearity, down. SwiGLU goes up twice: one path, through SiLU, is a gate that decides how much of each number of the other path gets
+through. Three matrices instead of two, so the width F is made 2/3 of what it was.
 
     y = (silu(x W1^T) * (x W3^T)) W2^T            silu(z) = z * sigmoid(z)
 

@@ -9,7 +9,7 @@ micro-batch contributes its sum, divided by the number of targets of the whole b
 
     gradient = d/dp  [ sum over the micro-batches of their summed loss ]  /  [ number of targets in all micro-batches ]
 
-Many training loops had this wrong until 2024. The solution: the loop in train_pretrain.py with `cross_entropy` in nanollm/losses.py. Judge:
+Widely used training loops had this wrong until 2024. The solution: the loop in train_pretrain.py with `cross_entropy` in nanollm/losses.py. Judge:
 python -m learn.exercises 13
 """
 import torch

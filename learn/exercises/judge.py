@@ -6,9 +6,9 @@ makes the hints helpful: {sentence: what an attempt with this typical mistake wo
 """
 import contextlib
 import copy
-import importlib.util
 import inspect
 import traceback
+import types
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +30,11 @@ class Blank(Hint):
 
 
 def load(path):
-    """A Python file as a module; a name that begins with a digit cannot be imported."""
-    spec = importlib.util.spec_from_file_location(f"attempt_{Path(path).stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """A Python file as a module: a name that begins with a digit cannot be imported. Always read afresh, never from __pycache__, which
+    does not notice a second edit of the same length within a second."""
+    module = types.ModuleType(f"attempt_{Path(path).stem}")
+    module.__file__ = str(path)
+    exec(compile(Path(path).read_bytes(), str(path), "exec"), vars(module))
     return module
 
 

@@ -32,7 +32,7 @@ def values(attempt):
     """silu(gate) times up, then down"""
     x, w1, w2, w3 = given()
     gate, up = x @ w1.T, x @ w3.T
-    same(attempt(x, w1, w2, w3), reference(x, w1, w2, w3), "the result", "B T C", {f"{s}": h @ w2.T for s, h in {
+    same(attempt(x, w1, w2, w3), reference(x, w1, w2, w3), "the result", "B T C", {sentence: h @ w2.T for sentence, h in {
         "gate and up are swapped: silu belongs to w1, not to w3": gate * F.silu(up),
         "the nonlinearity is a bare sigmoid (that is GLU); silu(z) is z * sigmoid(z)": torch.sigmoid(gate) * up,
         "the nonlinearity is ReLU (that is ReGLU); SwiGLU takes silu": F.relu(gate) * up,

@@ -58,7 +58,7 @@ def fall(attempt):
             lambda it: LOW + (PEAK - LOW) * math.cos(math.pi / 2 * (it - WARMUP) / 100),
         "the sign of the cosine: it rises where it should fall": lambda it: cosine(1 - (it - WARMUP) / 100),
         "the 1 / 2 is missing: (1 + cos) goes from 2 to 0": lambda it: LOW + 2 * (PEAK - LOW) * (1 + math.cos(math.pi * (it - WARMUP) / 100)) / 2,
-        "degrees for radians, or pi is missing": lambda it: cosine((it - WARMUP) / 100 / math.pi), "the peak was held; nothing falls": lambda it: PEAK})
+        "pi is missing: the angle goes from 0 to pi": lambda it: cosine((it - WARMUP) / 100 / math.pi), "the peak was held; nothing falls": lambda it: PEAK})
 
 
 def after(attempt):
