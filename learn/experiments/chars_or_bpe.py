@@ -3,12 +3,13 @@
     python -m learn.experiments.chars_or_bpe               a minute and a quarter on one core
 
 A character table gives each character it has seen an id: for Chinese that looks natural. Byte-level BPE (Sennrich et al. 2016, on
-bytes) starts from the 256 bytes and joins what stands together often. Same body, same text, both languages, three ways: BPE; characters
-with as many tokens a row and update, so the same work and less text; characters with rows as long in bytes, so the same text and more
-work. Bits per byte compare all three, losses per token do not.
+bytes) starts from the 256 bytes and joins what stands together often. Same blocks, same text, both languages, three ways: BPE;
+characters with as many tokens a row and update, so the same work in the blocks and less text; characters with rows as long in
+bytes, so the same text and more work. (BPE's 1,024 ids make its model a third larger, all of it in the embedding.) Bits per byte
+compare all three, losses per token do not.
 
-One sees that characters are behind at equal work, and how much of that longer rows win back, for how much time. And what a
-table has not seen is lost: the second figure is the share of the characters of a sentence of other things that comes back.
+One sees that characters are behind at equal work, and how much of that longer rows win back, for how much time. And what a table
+has not seen is lost: "comes back" is the share of the characters of a sentence about other things that survives.
 """
 import math
 import time
