@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from nanollm import env, world
@@ -127,7 +128,7 @@ def mean(runs):
 
 def spread(runs):
     """Standard deviation over the seeds, 0 for a single run."""
-    return statistics.stdev(runs) if len(runs) > 1 else 0.0
+    return float(np.std(runs, ddof=1)) if len(runs) > 1 else 0.0
 
 
 def higher(a, b, by=2.0):
@@ -195,7 +196,7 @@ def bars(plt, figures, label=""):
     for i, (name, runs) in enumerate(figures.items()):
         runs = runs if isinstance(runs, (list, tuple)) else [runs]
         plt.bar(i, mean(runs), yerr=spread(runs), capsize=3, color="#4878a8")
-        plt.annotate(f"{mean(runs):.3g}", (i, mean(runs)), ha="center", va="bottom", fontsize=8)
+        plt.annotate(f"{mean(runs):.3g}", (i, mean(runs) + spread(runs)), ha="center", va="bottom", fontsize=8)
     plt.xticks(range(len(figures)), figures, rotation=20 if len(figures) > 4 else 0)
     plt.ylabel(label)
 

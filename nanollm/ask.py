@@ -78,8 +78,8 @@ def filled(text):
 # ------------------------------------------------------------------------------------------------------------- finding
 
 def terms(text):
-    """What a search compares: Latin words, numbers, and pairs of neighbouring Chinese characters."""
-    text = text.lower()
+    """What a search compares: Latin words, numbers, and pairs of neighbouring Chinese characters; not the words that only make a question."""
+    text = re.sub(r"为什么|什么|怎么|怎样|如何|哪些|是不是|[要的吗呢是了]|\b(?:why|what|how|does|do|is|are|the|a|an|of|to|in|and|for|on|one|it|not)\b", " ", text.lower())
     han = re.findall(r"[\u4e00-\u9fff]+", text)
     return Counter(re.findall(r"[a-z0-9_]+(?:-[a-z0-9]+)*", text) + [run[i : i + 2] for run in han for i in range(max(1, len(run) - 1))])
 

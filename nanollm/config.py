@@ -166,6 +166,8 @@ def run(main, cls, doc="", argv=None):
         return
     try:
         main(parse(cls, argv))
+    except BrokenPipeError:                                  # `… | head` has read enough
+        os._exit(0)
     except OSError as e:
         if e.errno != errno.ENOSPC:
             raise

@@ -73,10 +73,9 @@ def main(cfg):
     stops = {kind: figures[f"stops, {kind}"] for kind in KINDS}
     claims = {"by id: no answer ends": max(stops["by id"]) == 0,
               "by place: the run with a pad of its own, number for number":
-                  all(figures[f"{what}, own pad"][0] == figures[f"{what}, by place"][0] for what in ("stops", "tokens", "p(end)", "right"))}
-    if cfg.scale == 1:
-        claims |= {"own pad: nearly every answer ends": min(stops["own pad"]) > 0.95,
-                   "by id answers as rightly as the others, not counting the end": not lab.higher(figures["right, own pad"], figures["right, by id"])}
+                  all(figures[f"{what}, own pad"][0] == figures[f"{what}, by place"][0] for what in ("stops", "tokens", "p(end)", "right")),
+              "own pad: nearly every answer ends": min(stops["own pad"]) > 0.95,
+              "by id answers as rightly as the others, not counting the end": not lab.higher(figures["right, own pad"], figures["right, by id"])}
 
     def draw(plt):
         for i, (what, label) in enumerate((("stops", "answers that end"), ("tokens", f"tokens of an answer, {NEW_TOKENS} at most"))):
