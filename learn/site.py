@@ -79,13 +79,14 @@ def question_pages(lang):
 
 def errata_page(lang):
     lines = [f"# {word('errata', lang)}", "", word("wrongs", lang), ""]
-    for path in sorted(ask.ERRATA.glob("*.toml")):
-        table, entries = ask.read(path)
-        lines += [f"## {table.get(f'title_{lang}', path.stem)}", ""]
+    stages = {e["id"]: e["stage"] for e in ask.entries()}
+    linked = lambda see: f"[{see}](questions/{stages[see]}.md#{see.lower()})" if see in stages else f"`{see}`"
+    for table, entries in sorted(map(ask.read, ask.ERRATA.glob("*.toml")), key=lambda found: int(found[1][0]["id"][1:])):
+        lines += [f"## {table[f'title_{lang}']}", ""]
         for e in entries:
             lines += [f"### {'★ ' if e['star'] else ''}{e['id']} ({', '.join(e['place'])}) {{#{e['id'].lower()}}}", "",
                       f"**{word('printed', lang)}**: {plain(e[f'printed_{lang}'])}", "", f"**{word('right', lang)}**: {plain(e[f'right_{lang}'])}", "",
-                      f"**{word('see', lang)}**: " + " · ".join(f"`{see}`" for see in e["see"]), ""]
+                      f"**{word('see', lang)}**: " + " · ".join(map(linked, e["see"])), ""]
     return {"errata.md": "\n".join(lines)}
 
 
