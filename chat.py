@@ -81,14 +81,20 @@ class Chat:
 
     def ids(self):
         """What the model reads: the newest part of the conversation, up to where the answer begins."""
-        if self.completion:
-            return [self.tok.eos_id] + self.tok.encode(self.messages[-1]["content"])       # a document begins after <|endoftext|>
         room = self.model.args.max_seq_len
-        self.messages, dropped = fit_history(self.tok, self.messages, room - min(self.cfg.max_new_tokens, room // 4))
-        if dropped and not self.told:
-            self.told = True
-            print(f"[the conversation outgrew the context of {room} tokens: the oldest exchanges are forgotten from here on]", flush=True)
-        return render(self.tok, self.messages, add_generation_prompt=True)[0]
+        most = room - min(self.cfg.max_new_tokens, room // 4)
+        if self.completion:
+            ids = [self.tok.eos_id] + self.tok.encode(self.messages[-1]["content"])        # a document begins after <|endoftext|>
+        else:
+            self.messages, dropped = fit_history(self.tok, self.messages, most)
+            if dropped and not self.told:
+                self.told = True
+                print(f"[the conversation outgrew the context of {room} tokens: the oldest exchanges are forgotten from here on]", flush=True)
+            ids = render(self.tok, self.messages, add_generation_prompt=True)[0]
+        if len(ids) > most and not self.model.cache.endless:
+            print(f"[{len(ids)} tokens are more than the context of {room} holds beside an answer: only the last {most} are read]", flush=True)
+            ids = ids[-most:]
+        return ids
 
     def pieces(self, ids):
         """The answer's text as it is made; a beam search's comes in one piece."""

@@ -24,7 +24,6 @@ from nanollm import checkpoint, choices, contamination, demo, dist, evaluation, 
 from nanollm.config import UserError, arg, run
 from nanollm.corpus import io
 from nanollm.data import PreferenceRows, TokenFile, fit_chat, read_rows, report_bad, to_messages
-from nanollm.report import read_json
 from nanollm.tokenizer import render
 
 TASKS = ("ppl", "mc", "chat", "win", "rm", "demo")
@@ -48,7 +47,7 @@ class Config:
     max_rows: int = arg(0, "only the first so many rows (ppl: documents of each domain); 0 = all", unit="rows")
     temperature: float = arg(0.0, "chat, win: 0 is greedy; then two runs agree whatever the seed")
     max_new_tokens: int = arg(160, "chat, win and demo: longest answer (the demo's longest has 156)", unit="tokens")
-    batch_size: int = arg(64, "answers written at once")
+    batch_size: int = arg(64, "answers written at once", least=1)
     seed: int = arg(0, "of everything sampled")
     max_bad: float = arg(0.1, "share of unusable rows above which a file is refused")
     run_dir: str = arg("out/demo", "demo: the directory with raw/, tokens/, pretrain/, sft/, rm/ and dpo/ in it")
@@ -231,6 +230,7 @@ def main(cfg):
         return compare(cfg)
     if cfg.task not in TASKS:
         raise UserError(f"--task {cfg.task} is unknown; use one of {', '.join(TASKS)}")
+    scoreboard.open_place(cfg.out or cfg.run_dir * (cfg.task == "demo"))
     if cfg.task == "demo":
         result, out = demo.measure(cfg), cfg.out or cfg.run_dir
     else:
@@ -255,9 +255,9 @@ def main(cfg):
     if out:
         file = Path(out) / "eval.json"
         Path(out).mkdir(parents=True, exist_ok=True)
-        before, aside = read_json(file), file.with_name("eval.json.tmp")
+        before, aside = scoreboard.open_place(out), file.with_name("eval.json.tmp")
         for key in before.keys() & result.keys():
-            if before[key].get("data_hash") not in (None, result[key].get("data_hash")):
+            if isinstance(before[key], dict) and before[key].get("data_hash") not in (None, result[key].get("data_hash")):
                 print(f"note: {file} had {key} of other data ({before[key].get('data')}); it is replaced")
         aside.write_text(json.dumps(before | result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         os.replace(aside, file)

@@ -47,6 +47,8 @@ def to_hf(cfg):
     """Write config.json, generation_config.json, the weights and the tokenizer's files under --out, or one .gguf."""
     out = Path(cfg.out)
     model, tok, meta = checkpoint.load(cfg.init_from, expect="lm", merge=not cfg.adapter)
+    if (cfg.adapter and (cfg.dtype, cfg.shard_size) != (Config.dtype, Config.shard_size)) or (out.suffix == ".gguf" and cfg.shard_size != Config.shard_size):
+        raise UserError("an adapter is one small file in fp32, and .gguf is one file: leave out --shard_size, and with --adapter --dtype, too")
     if cfg.adapter:
         if not peft.adapter_config(model):
             raise UserError(f"--adapter: {cfg.init_from} was trained without --peft; leave the option out")

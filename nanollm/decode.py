@@ -121,10 +121,12 @@ KEPT = weakref.WeakKeyDictionary()                                # model -> wha
 
 
 def decoder(model, rows):
-    """For one text at a time (a chat) the last one is kept while the weights are what they were: to copy 28 M takes as long as 7 tokens."""
-    if rows != 1 or any(p.nbytes != p.untyped_storage().nbytes() for p in model.parameters()):       # views (ZeRO's) change unseen
+    """For one text at a time (a chat) the last one is kept while the weights are what they were: to copy 28 M takes as long as 7 tokens.
+    Their norms tell; a version counter would not: neither a fused optimizer nor a write through .data raises it."""
+    if rows != 1:
         return Decoder(model, rows)
-    weights = [(p.data_ptr(), p._version) for p in model.parameters()]
+    parameters = [p.detach() for p in model.parameters()]
+    weights = [p.data_ptr() for p in parameters], torch.stack(torch._foreach_norm(parameters)).tolist()
     if KEPT.get(model, [None])[0] != weights:
         KEPT[model] = weights, Decoder(model, rows)
     return KEPT[model][1]

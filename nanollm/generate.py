@@ -35,7 +35,7 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_pe
     likeliest (Nguyen et al. 2024, arXiv:2407.01082). At least one token stays.
     """
     logits = penalise(logits.float(), seen, repetition_penalty, no_repeat_ngram)
-    if temperature == 0:
+    if temperature < 1e-9:                                   # 0, or so near to it that logits / temperature overflow
         return logits.argmax(-1)
     logits = logits / temperature
     if 0 < top_k < logits.size(-1):

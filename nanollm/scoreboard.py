@@ -55,13 +55,30 @@ def read(paths):
     return runs
 
 
+def open_place(out):
+    """What the eval.json of a directory holds so far, {} if there is none; UserError, before anything is measured, if the result could not
+    be written there."""
+    if file := next((p for p in (Path(out), *Path(out).parents) if p.is_file()), None):
+        raise UserError(f"--out {out}: {file} is a file; name a directory")
+    file = Path(out) / "eval.json"
+    try:
+        before = json.loads(file.read_text(encoding="utf-8")) if out and file.exists() else {}
+    except ValueError:
+        before = None
+    if not isinstance(before, dict):
+        raise UserError(f"{file} is not one of evaluate.py's JSON files; delete it, or choose another --out")
+    return before
+
+
 def headlines(tree, name=""):
     """{"mc/cmmlu STEM acc": {"value", "low", "high", "chance"}, …} of what eval.json holds; low, high and chance may be None."""
     found = {}
     for key, (low, high) in HEADLINES.items():
         if isinstance(tree.get(key), (int, float)):
             label = name if key == "value" else f"{name} {key}".strip()
-            found[label] = {"value": tree[key], "low": tree.get(low), "high": tree.get(high), "chance": tree.get("chance")}
+            ends = [tree.get(low), tree.get(high)]
+            ends = ends if all(isinstance(x, (int, float)) for x in ends) else [None, None]
+            found[label] = {"value": tree[key], "low": ends[0], "high": ends[1], "chance": tree.get("chance")}
     for key, part in tree.items():
         if isinstance(part, dict) and key in PARTS:
             for line, numbers in part.items():

@@ -13,6 +13,7 @@ from nanollm.beam import beam_search
 from nanollm.decode import KEPT, Decoder, RoomyCache, decoder
 from nanollm.generate import Step, StopStrings, generate, generate_batch, sample, show_step, steps
 from nanollm.model import ModelArgs, Transformer
+from nanollm.optim import make_optimizer
 from nanollm.variants import build
 
 PROMPT = [5, 9, 2, 31, 7]
@@ -288,15 +289,22 @@ def test_what_is_not_the_plain_model_goes_through_the_model(model):
 
 
 def test_a_kept_copy_of_the_weights_is_left_when_they_change(model):
-    """For one text at a time the blocks that decoding reads are made once and kept. An update in place, a write through one flat tensor of
-    which the weights are views (ZeRO), and the model's end all make an end of them."""
+    """For one text at a time the blocks that decoding reads are made once and kept. An update in place, by our optimizer, through .data, through one
+    flat tensor of which the weights are views (ZeRO), and the model's end all make an end of them."""
     model = copy.deepcopy(model)
     kept = decoder(model, 1)
     assert decoder(model, 1) is kept and decoder(model, 2) is not decoder(model, 2)
     with torch.no_grad():
         model.tok_embeddings.weight.add_(torch.randn(model.tok_embeddings.weight.shape, generator=torch.Generator().manual_seed(1)))
     assert decoder(model, 1) is not kept and list(generate(model, PROMPT, 12, temperature=0)) == slow_greedy(model, PROMPT, 12)
+    optimizer = make_optimizer(model.train(), learning_rate=0.1)                # fused: it raises no version counter
+    model(torch.tensor([PROMPT])).logsumexp(-1).sum().backward()
+    optimizer.step()
+    model.eval().zero_grad()
+    assert list(generate(model, PROMPT, 12, temperature=0)) == slow_greedy(model, PROMPT, 12)
     weight = model.layers[0].feed_forward.w1.weight
+    weight.data.mul_(-3)
+    assert list(generate(model, PROMPT, 12, temperature=0)) == slow_greedy(model, PROMPT, 12)
     flat = torch.cat((weight.detach().flatten(), torch.zeros(1)))
     weight.data = flat[:-1].view_as(weight)
     list(generate(model, PROMPT, 12, temperature=0))
