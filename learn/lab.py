@@ -42,6 +42,8 @@ class Config:
 def start(main, file, doc, cls=Config):
     """The last line of an experiment: options, then main(cfg)."""
     def named(cfg):
+        if cfg.record and (cfg.scale, cfg.seeds) != (1, cls().seeds):
+            raise UserError("--record stores the whole run: leave out --scale and --seeds")
         cfg.name = Path(file).stem
         main(cfg)
     run(named, cls, doc)
@@ -148,6 +150,8 @@ def finish(cfg, figures, claims, draw=None, within=None):
         print(f"  {name:<{width}}  {mean(runs):.4g}{several}")
     for sentence, holds in claims.items():
         print(f"  {'yes' if holds else 'NO '}  {sentence}")
+    if cfg.record and not all(np.isfinite(runs).all() for runs in figures.values()):
+        raise UserError("a figure is not finite: this run is not one to store")
     record = {"experiment": cfg.name, "scale": cfg.scale, "seeds": cfg.seeds, "seconds": round(time.process_time(), 1), **env.stamp(),       # of processor time
               "figures": {name: {"mean": mean(runs), "std": spread(runs), "runs": runs,
                                  "within": (within or {}).get(name, 0.02) * abs(mean(runs)) + 3 * spread(runs)} for name, runs in figures.items()},
@@ -163,9 +167,9 @@ def finish(cfg, figures, claims, draw=None, within=None):
 
 
 def judge(new, stored):
-    """Says which figures and claims differ from the stored run; exit code 1 if any."""
+    """Says which figures and claims differ from the stored run; exit code 1 if any. (NaN is near nothing.)"""
     apart = [f"{name} is {new['figures'][name]['mean']:.4g}, stored {old['mean']:.4g} ± {old['within']:.2g}" for name, old in stored["figures"].items()
-             if name in new["figures"] and abs(new["figures"][name]["mean"] - old["mean"]) > old["within"]]
+             if name in new["figures"] and not abs(new["figures"][name]["mean"] - old["mean"]) <= old["within"]]
     apart += [f"not there: {name}" for name in stored["figures"].keys() ^ new["figures"].keys()]
     apart += [f"claim: {sentence}" for sentence in stored["claims"].keys() | new["claims"].keys()
               if stored["claims"].get(sentence) != new["claims"].get(sentence)]

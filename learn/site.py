@@ -122,7 +122,7 @@ def sources(lang, to):
     """Everything of one language as Markdown under `to`, links as they must be there."""
     shutil.rmtree(to, ignore_errors=True)
     folder = ROOT / "docs" / ("zh" if lang == "zh" else "")
-    pages = {str(p.relative_to(folder)): p.read_text(encoding="utf-8") for p in sorted(folder.rglob("*.md")) if lang == "zh" or "zh" not in p.relative_to(folder).parts}
+    pages = {p.relative_to(folder).as_posix(): p.read_text(encoding="utf-8") for p in sorted(folder.rglob("*.md")) if lang == "zh" or "zh" not in p.relative_to(folder).parts}
     if lang == "zh":                                          # the pictures are one folder further up there
         pages = {path: re.sub(r"\]\(((?:\.\./)+)images/", lambda m: f"]({m[1][3:]}images/", text) for path, text in pages.items()}
     readme = (ROOT / ("README_zh.md" if lang == "zh" else "README.md")).read_text(encoding="utf-8")
@@ -200,6 +200,9 @@ def loose_ends(site):
 
 def main(cfg):
     site, source = Path(cfg.out), Path(cfg.out).with_name(Path(cfg.out).name + "_source")
+    for folder, mark in ((site, "search/search_index.json"), (source, "en.yml")):
+        if folder.exists() and not (folder.is_dir() and ((folder / mark).exists() or not any(folder.iterdir()))):
+            raise UserError(f"--out {cfg.out}: {folder} is there and holds something else than a site; name another directory")
     shutil.rmtree(site, ignore_errors=True)
     for lang in ("en", "zh"):
         build(lang, (source / lang).resolve(), (site / ("zh" if lang == "zh" else "")).resolve(), sources(lang, source / lang))
@@ -212,7 +215,10 @@ def main(cfg):
     if cfg.serve:
         handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(site))
         print("http://localhost:8000 (Ctrl-C ends it)", flush=True)
-        http.server.ThreadingHTTPServer(("127.0.0.1", 8000), handler).serve_forever()
+        try:
+            http.server.ThreadingHTTPServer(("127.0.0.1", 8000), handler).serve_forever()
+        except OSError as e:
+            raise UserError(f"--serve: port 8000 cannot be had ({e.strerror}); serve {site} with a web server of your own") from None
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ runs in learn/results/: `{no_warmup/0.008 none}` in an entry is replaced by that
 """
 import ast
 import functools
-import importlib
+import importlib.util
 import json
 import math
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -43,9 +44,12 @@ def read(path):
     """A TOML file of entries -> (its titles, [entry]). UserError names the file."""
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as e:
+    except (OSError, ValueError) as e:
         raise UserError(f"{path}: cannot be read: {e}") from None
-    return table, table.get("question", table.get("erratum", []))
+    found = table.get("question", table.get("erratum", []))
+    if not isinstance(found, list) or not all(isinstance(entry, dict) and "id" in entry for entry in found):
+        raise UserError(f"{path}: entries are tables [[question]] or [[erratum]], each with an id")
+    return table, found
 
 
 @functools.cache
@@ -77,11 +81,15 @@ def filled(text):
 
 # ------------------------------------------------------------------------------------------------------------- finding
 
+EMPTY = re.compile(r"为什么|什么|怎么|怎样|如何|哪些|是不是|应该|多少|多大|[要的吗呢是了用和与]|\b(?:why|what|which|how|many|much|does|do|did|is|are|be|was|can|should|must|"
+                   r"i|we|my|you|it|the|an?|of|to|in|and|or|for|on|with|between|difference|need|get|there|not)\b")
+
+
 def terms(text):
-    """What a search compares: Latin words, numbers, and pairs of neighbouring Chinese characters; not the words that only make a question."""
-    text = re.sub(r"为什么|什么|怎么|怎样|如何|哪些|是不是|[要的吗呢是了]|\b(?:why|what|how|does|do|is|are|the|a|an|of|to|in|and|for|on|one|it|not)\b", " ", text.lower())
+    """What a search compares: Latin words, numbers, Chinese characters and pairs of neighbouring ones; not the words that only ask."""
+    text = EMPTY.sub(" ", text.lower())
     han = re.findall(r"[\u4e00-\u9fff]+", text)
-    return Counter(re.findall(r"[a-z0-9_]+(?:-[a-z0-9]+)*", text) + [run[i : i + 2] for run in han for i in range(max(1, len(run) - 1))])
+    return Counter(re.findall(r"[a-z0-9_]+(?:-[a-z0-9]+)*", text) + [run[i : i + n] for run in han for n in (1, 2) for i in range(len(run) - n + 1)])
 
 
 @functools.cache
@@ -92,17 +100,23 @@ def index():
 
 
 def search(query, most=5):
-    """The entries nearest to the words, best first: rare words count more, and more in a question than in an answer."""
-    if re.fullmatch(r"[Qq]\d+", query.strip()):
-        found = [e for e in entries() if e["id"] == query.strip().upper()]
+    """(the entries nearest to the words, best first; does the first one fit?). Rare words count more, and more in a question than in
+    an answer; words that stand in no entry count against all."""
+    if not entries():
+        raise UserError(f"{QUESTIONS} holds no questions; run this in a clone of the repository")
+    if number := re.fullmatch(r"\s*[Qq]?0*(\d+)\s*", query):
+        found = [e for e in entries() if e["id"] == f"Q{number[1]}"]
         if not found:
-            raise UserError(f"there is no question {query.strip().upper()}; they go from {entries()[0]['id']} to {entries()[-1]['id']}")
-        return found
+            raise UserError(f"there is no question Q{number[1]}; they go from {entries()[0]['id']} to {entries()[-1]['id']}")
+        return found, True
     both, known = index()
-    weight = {term: math.log(1 + len(both) / known[term]) for term in terms(query) if term in known}
+    han = lambda term: term >= "\u4e00"
+    weight = {term: math.log(1 + len(both) / known.get(term, 1)) * (0.3 if han(term) and len(term) == 1 else 1)
+              for term in terms(query) if term in known or not han(term)}                    # two characters that stand nowhere may be no word
     score = [sum(w * (3 * (term in question) + (term in answer)) for term, w in weight.items()) for question, answer in both]
     best = sorted(range(len(both)), key=lambda i: -score[i])[:most]
-    return [entries()[i] for i in best if score[i] > 0]
+    fits = weight and score[best[0]] >= sum(weight.values())                # below that most of the words stand nowhere near each other
+    return [entries()[i] for i in best if score[i] > 0], bool(fits)
 
 
 def demonstrations(entry):
@@ -144,6 +158,18 @@ def symbol(name):
     return functools.reduce(getattr, qualified.split("."), importlib.import_module(module))
 
 
+def runs(show):
+    """Is it a question's number, or a command whose script or module is there?"""
+    if re.fullmatch(r"Q\d+", show):
+        return any(e["id"] == show for e in entries())
+    words = shlex.split(show)
+    if words[:2] == ["python", "-c"]:
+        return bool(compile(words[2], show, "exec"))
+    if words[:2] == ["python", "-m"]:
+        return (ROOT / words[2].split(".")[0]).is_dir() and importlib.util.find_spec(words[2]) is not None or words[2] == "pytest"
+    return words[:1] in (["python"], ["bash"]) and (ROOT / words[1]).exists()
+
+
 def length(text, lang):
     """Words of English; Chinese counts two characters as a word."""
     return len(text.split()) if lang == "en" else len(re.findall(r"[\u4e00-\u9fff]", text)) / 2 + len(re.findall(r"[A-Za-z0-9_.]+", text))
@@ -165,7 +191,9 @@ def faults(entry):
         if "::" in show:
             path, name = show.split("::")
             bad += [] if name in tests_of(path) else [f"there is no test {show}"]
-        elif show.startswith("experiment "):
+        elif not re.fullmatch(r"experiment \w+", show):
+            bad += [] if runs(show) else [f"{show!r} is neither a test, an experiment, a question nor a command"]
+        else:
             bad += [] if any((ROOT / "learn" / f / f"{show.split()[1]}.py").exists() for f in ("experiments", "studies")) else [f"there is no {show}"]
     if question:
         bad += [f"verdict {entry['verdict']} is none of {', '.join(VERDICTS)}"] if entry["verdict"] not in VERDICTS else []
@@ -209,10 +237,13 @@ def main(cfg):
             table, found = read(path)
             print(f"{found[0]['id']:>5} … {found[-1]['id']:<5} {len(found):>4}  {table.get('title_en', path.stem)} · {table.get('title_zh', '')}")
         return print("\nAsk in your own words, or by number: python -m nanollm.ask Q98")
-    found = search(query)
+    found, fits = search(query)
     if not found:
         raise UserError(f"nothing is known about {query!r}; `python -m nanollm.ask` lists the stages, docs/questions/ holds the entries")
     lang = cfg.lang or ("en" if re.fullmatch(r"[Qq]\d+", query.strip()) else "zh" if re.search(r"[\u4e00-\u9fff]", query) else "en")
+    if not fits:
+        print({"en": "No question fits these words well. The nearest:", "zh": "没有很合适的问题。最接近的："}[lang])
+        return print("\n".join(f"  {entry['id']:<5} {entry[lang]}" for entry in found))
     print(shown(found[0], lang))
     if found[1:]:
         print("\n" + ("别的近似问题：" if lang == "zh" else "Near it:"))

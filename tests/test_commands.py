@@ -24,7 +24,9 @@ import prepare_data
 import train_classify
 import train_sft
 from conftest import ROOT, chats, pairs, write_jsonl
-from nanollm import checkpoint, config
+from learn import pictures
+from learn.exercises import __main__ as exercises
+from nanollm import ask, checkpoint, config
 from nanollm import tokenizer as tokenizers
 from nanollm import world as demo_world
 from nanollm.corpus.train_tokenizer import train_sentencepiece
@@ -37,7 +39,7 @@ ELSEWHERE = {                                                # what stands in a 
     r"--resume": "a run that was stopped: tests/test_checkpoint.py, tests/test_torture.py",
     r"^python bench/|learn\.studies|^python -m learn\.(experiments|exercises|pictures|site)|nanollm\.tools\.scaling":
         "tests/test_bench.py, test_quant.py, test_classify.py, test_learn.py, test_exercises.py and test_pictures.py run these on toy shapes",
-    r"^python -m pytest": "that is this", r"--serve": "tests/test_serve.py", r"nanollm\.ask": "tests/test_questions.py",
+    r"^python -m pytest": "that is this", r"--serve": "tests/test_serve.py",
 }
 SOURCES = ("web", "wiki", "code", "books", "chats")
 MODELS = ("demo/pretrain demo/sft demo/dpo demo/ppo try/sft try/student try/stream try/muon_fast try/base try/muon try/adamw try/bf16 "
@@ -128,8 +130,24 @@ HERE = [command for command in SHOWN if not any(re.search(pattern, command) for 
 
 def test_most_commands_are_executed_here():
     """And the rest stand in ELSEWHERE with the tests that run them."""
-    assert len(HERE) > 100 and len(HERE) / len(SHOWN) > 0.7
+    assert len(HERE) > 150
     assert all(any(re.search(pattern, command) for command in SHOWN) for pattern in ELSEWHERE), "a pattern of ELSEWHERE fits nothing"
+
+
+def test_what_the_lessons_run_elsewhere_has_these_names():
+    """Experiments, studies, exercises, pictures and benchmarks: each that a page names is there."""
+    for words in (shlex.split(command) for command in SHOWN):
+        names = [word for i, word in enumerate(words[3:], 3) if not word.startswith("--") and not words[i - 1].startswith("--")]
+        if words[1].startswith("bench/"):
+            assert (ROOT / words[1]).exists(), words
+        elif words[2].startswith(("learn.experiments.", "learn.studies.")):
+            assert (ROOT / f"{words[2].replace('.', '/')}.py").exists(), words
+        elif words[2] == "learn.experiments":
+            assert all((ROOT / "learn" / "experiments" / f"{name}.py").exists() for name in names), words
+        elif words[2] == "learn.exercises":
+            assert all(exercises.find(name) for name in names), words
+        elif words[2] == "learn.pictures":
+            assert all(callable(getattr(pictures, name)) for name in names), words
 
 
 def smaller(module, cfg):
@@ -150,6 +168,9 @@ def test_a_command_of_the_pages_runs(command, place, tmp_path, monkeypatch, caps
     words = shlex.split(command)
     if words[0] == "torchrun":                               # tests/test_scripts.py starts two processes; here it is the options that count
         words = ["python", *words[next(i for i, word in enumerate(words) if word.endswith(".py")) :]]
+    if words[2] == "nanollm.ask":
+        ask.main(config.parse(ask.Config, words[3:]))
+        return
     if words[1] == "-m":
         run = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, encoding="utf-8", env={**os.environ, "PYTHONPATH": str(ROOT)})
         assert run.returncode == 0, run.stderr[-1500:]

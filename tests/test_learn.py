@@ -10,6 +10,7 @@ import torch
 
 from conftest import ROOT
 from learn import lab, site
+from nanollm.config import UserError
 
 EXPERIMENTS = sorted(p.stem for p in (ROOT / "learn" / "experiments").glob("[a-z]*.py"))
 
@@ -46,6 +47,26 @@ def test_a_run_that_differs_from_the_stored_one_is_told_and_fails(tmp_path, monk
         with pytest.raises(SystemExit) as stopped:
             finish(figures, claims)
         assert stopped.value.code == 1 and said in capsys.readouterr().out
+
+
+def test_only_a_whole_run_is_stored(tmp_path, monkeypatch, capsys):
+    """A shortened one, or one with a figure that is no number, leaves what is stored as it was."""
+    monkeypatch.setattr(lab, "RESULTS", tmp_path / "stored")
+    for words in (["--scale", "0.1"], ["--seeds", "1"]):
+        monkeypatch.setattr("sys.argv", ["x", "--record", "true", *words])
+        with pytest.raises(SystemExit) as stopped:
+            lab.start(lambda cfg: lab.finish(cfg, {"a": 1.0}, {}), "toy.py", "")
+        assert stopped.value.code == 2 and "leave out --scale and --seeds" in capsys.readouterr().err
+    with pytest.raises(UserError, match="not finite"):
+        lab.finish(config(tmp_path, scale=1.0, record=True), {"a": [1.0, float("nan")]}, {})
+    assert not (tmp_path / "stored").exists()
+
+
+def test_a_folder_that_is_no_site_is_not_overwritten(tmp_path):
+    (tmp_path / "mine.txt").write_text("dear", encoding="utf-8")
+    with pytest.raises(UserError, match="holds something else than a site"):
+        site.main(site.Config(out=str(tmp_path)))
+    assert (tmp_path / "mine.txt").exists()
 
 
 def test_higher_means_beyond_the_noise():

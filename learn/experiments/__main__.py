@@ -18,7 +18,8 @@ def main():
     known = sorted(p.stem for p in HERE.glob("[a-z]*.py"))
     chosen = [word for word in sys.argv[1:] if word in known]
     options = [word for word in sys.argv[1:] if word not in known]
-    unknown = [word for i, word in enumerate(options) if not word.startswith("-") and (i == 0 or not options[i - 1].startswith("-"))]
+    takes_next = lambda word: word.startswith("--") and "=" not in word
+    unknown = [word for i, word in enumerate(options) if not word.startswith("-") and not (i and takes_next(options[i - 1]))]
     if unknown:
         print(f"error: there is no experiment {unknown[0]}; there are {' '.join(known)}", file=sys.stderr)
         sys.exit(2)
