@@ -115,7 +115,8 @@ def search(query, most=5):
               for term in terms(query) if term in known or not han(term)}                    # two characters that stand nowhere may be no word
     score = [sum(w * (3 * (term in question) + (term in answer)) for term, w in weight.items()) for question, answer in both]
     best = sorted(range(len(both)), key=lambda i: -score[i])[:most]
-    fits = weight and score[best[0]] >= sum(weight.values())                # below that most of the words stand nowhere near each other
+    words = [term for term in weight if len(term) > 1 and (term in both[best[0]][0] or term in both[best[0]][1])]
+    fits = words and score[best[0]] >= sum(weight.values())                 # below that most of the words stand nowhere near each other
     return [entries()[i] for i in best if score[i] > 0], bool(fits)
 
 
