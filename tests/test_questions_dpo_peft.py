@@ -1,5 +1,6 @@
 """What the notes say of DPO, adapters and distillation, where no other test shows it: each a question of docs/questions/11_dpo.toml or 13_peft.toml."""
 import copy
+import inspect
 import math
 
 import pytest
@@ -230,3 +231,32 @@ def test_distillation_trains_a_whole_student_quantisation_trains_nothing_and_an_
     adapted = tiny_lm(dim=64, multiple_of=64)
     add_adapter(adapted, "lora", r=2)
     assert 0 < sum(p.numel() for p in trained(adapted).values()) < whole / 5
+
+
+# ---- the Trainer of the notes' listings ----------------------------------------------------------------------------
+
+def test_the_trainer_of_today_has_other_names_than_the_listing():
+    """compute_loss gets the number of labels of a whole update, too; eval_strategy was evaluation_strategy; datasets has no load_metric any
+    more; and a number in label2id that is written as a string stays one."""
+    import datasets
+    from transformers import PretrainedConfig, Trainer, TrainingArguments
+    assert "num_items_in_batch" in inspect.signature(Trainer.compute_loss).parameters
+    assert {"eval_strategy", "evaluation_strategy"} & inspect.signature(TrainingArguments).parameters.keys() == {"eval_strategy"}
+    assert not hasattr(datasets, "load_metric")
+    config = PretrainedConfig(num_labels=2, id2label={"0": "bad", "1": "good"}, label2id={"bad": "0", "good": "1"})
+    assert config.id2label == {0: "bad", 1: "good"} and config.label2id == {"bad": "0", "good": "1"}
+
+
+def test_two_updates_change_next_to_nothing_and_a_line_every_thirty_never_comes(tmp_path):
+    """max_steps=2, logging_steps=30, the listing's rate: only the Trainer's own summary is logged, and the loss falls by less than 1 %."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2))
+    rows = [{"input_ids": row, "labels": row} for row in IDS]
+    ask = lambda: model.eval()(input_ids=IDS, labels=IDS).loss.item()
+    before = ask()
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), learning_rate=2e-4, max_steps=2, logging_steps=30, save_strategy="no", report_to="none",
+                                               use_cpu=True, disable_tqdm=True), train_dataset=rows)
+    trainer.train()
+    assert trainer.state.global_step == 2 and not any("loss" in line for line in trainer.state.log_history)
+    assert 0.99 * before < ask() < before

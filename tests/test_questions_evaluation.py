@@ -169,12 +169,13 @@ def test_a_tenth_of_the_good_beats_a_random_tenth_and_the_likeliest_tenth_does_n
     assert loss(clean[200:]) < of(chosen) < of(random) < of(likeliest)
 
 
-def test_a_difficulty_with_few_values_orders_almost_nothing():
-    """The depth of a parse tree is a small whole number: with ten values most pairs of 1,000 samples stand as they stood before."""
+def test_a_difficulty_of_ten_values_ties_with_a_tenth_and_orders_nine_pairs_in_ten():
+    """The depth of a parse tree is a small whole number. With ten equally frequent values a sample ties with a tenth of the corpus, and the
+    other nine tenths are ordered; a real number ties with none but itself."""
     rng = np.random.default_rng(0)
     depth, rarity = rng.integers(3, 13, 1000), rng.random(1000)
     ties = lambda x: np.mean([np.mean(x == v) for v in x])
-    assert 0.08 < ties(depth) < 0.12 and ties(rarity) == pytest.approx(1 / 1000)
+    assert 0.08 < ties(depth) < 0.12 and np.mean(depth[:, None] != depth) > 0.88 and ties(rarity) == pytest.approx(1 / 1000)
 
 
 def test_difficulty_by_parts_of_speech_is_the_number_of_different_ones():

@@ -11,7 +11,8 @@ the model it started from (Ziegler et al. 2019, eq. 2):
 Two judges look on and are not optimised: another language model, trained from another seed, says how likely the text is (nats a
 token), and repeated 4-grams are counted. One should see: with beta 0 the reward goes towards its maximum and the text is "red red red …"
 (reward hacking: the stand-in is served, the wish is not). With beta the optimum is ref * exp(reward / beta) / Z: a word more costs
-likelihood, and the run stops where a further " red" is not worth it.
+likelihood. What the run shows is that the leash holds: a little more reward, and the text stays a text. Whether it reaches that optimum it does
+not show (Q196 does, in a toy).
 """
 import torch
 
