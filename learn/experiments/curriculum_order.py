@@ -8,7 +8,7 @@ middle of the run. "random" is the same with c = 1 from the start. Campos finds 
 (Martinez et al. 2023) finds no consistent gain. So: is any order further from random than the seeds are from each other?
 English texts only: with two languages an order by rarity is mostly an order by language.
 
-What one sees: both orders from easy to hard end above random, and hard to easy a little below it. Perhaps
+What one sees: both orders from easy to hard end above random, and hard to easy is not told apart from it. Perhaps
 because an easy beginning is a narrow one, the same few rows again and again while the rate is highest.
 """
 import numpy as np
