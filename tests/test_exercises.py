@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 from learn.exercises import judge
 from nanollm.config import UserError
-from wrong_attempts import ATTEMPTS
+from wrong_attempts import ALSO_RIGHT, ATTEMPTS
 
 by_name = pytest.mark.parametrize("name", judge.NAMES)
 
@@ -43,8 +43,11 @@ def test_the_projects_own_function_passes(name):
 @by_name
 def test_a_right_attempt_passes(name, tmp_path):
     """Written without a look at the project's function."""
-    passed, hint = verdict(name, ATTEMPTS[name[:2]][0], tmp_path)
-    assert hint is None and len(passed) == len(judge.checks_of(name).CHECKS)
+    right = ATTEMPTS[name[:2]][0]
+    for old, new in [("", ""), *ALSO_RIGHT.get(name[:2], [])]:
+        assert old in right, old
+        passed, hint = verdict(name, right.replace(old, new) if old else right, tmp_path)
+        assert hint is None and len(passed) == len(judge.checks_of(name).CHECKS), f"{new!r}: {hint}"
 
 
 @by_name
@@ -72,6 +75,7 @@ def test_errors_of_the_learner_are_one_sentence_with_file_and_line(tmp_path):
                           ("def rms_norm(x, weight, eps):\n    pass", "`return` missing"),
                           ("def rms_norm(x, weight, eps):\n    return x.tolist()", "must be a torch.Tensor; it is of type list"),
                           ("import nothing_of_that_name", "ModuleNotFoundError"),
+                          ("import sys\nsys.exit()", r"attempt.py:2: this ends the program.*`sys.exit\(\)`"),
                           ("def rms_norm(x, weight, eps):\n    return 2 * x / x.pow(2).mean(-1, keepdim=True).sqrt()",
                            "2 times too large"),
                           ("def rms_norm(x, weight, eps):\n    return x.sum(-1)",

@@ -1,5 +1,5 @@
 """A right attempt at each exercise, as a learner would write it, and five wrong ones: (what stands there, what a learner writes instead,
-words of the hint that this must bring)."""
+words of the hint that this must bring). ALSO_RIGHT: (what stands there, another way to write it)."""
 
 ATTEMPTS = {
     "01": ('''
@@ -59,7 +59,8 @@ def rms_norm(x, weight, eps):
       ("torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)", "1 / (y.pow(2).mean(-1, keepdim=True).sqrt() + eps)", "inside the root"),
       ("y = x.float()", "y = x", "overflowed fp16"),
       ("y = x.float()", "y = x.float().detach()", "no gradient"),
-      ("    y = x.float()", "    x *= 1.5\n    y = x.float()", "changes its input `x`")]),
+      ("    y = x.float()", "    x *= 1.5\n    y = x.float()", "changes its input `x`"),
+      ("    y = x.float()", "    raise SystemExit", "this ends the program")]),
     "04": ('''
 import torch
 def rope(x, positions, theta=10000.0):
@@ -215,7 +216,8 @@ def scaler_step(grads, scale, streak, interval, growth=2.0, backoff=0.5):
       ("scale * growth, 0", "scale * growth, streak + 1", "begin anew after growth"),
       ("for g in grads)", "for g in grads[:1])", "look at all gradients"),
       ("[g / scale for g in grads]", "[g.div_(scale) for g in grads]", "changes its input `grads`"),
-      ("scale * backoff", "scale", "must fall")]),
+      ("scale * backoff", "scale", "must fall"),
+      ("g / scale for", "g / (scale * growth if streak + 1 == interval else scale) for", "divided by the next scale")]),
     "13": ('''
 import torch
 import torch.nn.functional as F
@@ -237,7 +239,9 @@ def accumulate(model, batches):
       ("/ count", "/ len(batches)", "number of micro-batches"),
       ("loss.backward()\n", "(loss / len(batches)).backward()\n", "once is enough"),
       ("loss.item()", "loss", "still carries its graph"),
-      ("/ count", "/ sum(t.numel() for _, t in batches)", "padding too")]),
+      ("/ count", "/ sum(t.numel() for _, t in batches)", "padding too"),
+      ("        loss.backward()\n        total += loss.item()\n    return total", "        total = total + loss\n    total.backward()\n    return total.item()",
+       "the graphs of both are in memory")]),
     "14": ('''
 import torch
 def average_gradients(parameters, world_size, all_reduce):
@@ -295,7 +299,9 @@ class LoRALinear(nn.Module):
       ("alpha / r\n", "alpha / r**0.5\n", "rsLoRA"),
       ("(r, base.in_features)", "(base.in_features, r)", "wrong shape"),
       ("self.base(x) +", "F.linear(x, self.base.weight) +", "bias of the base layer is lost"),
-      ("alpha / r\n", "alpha\n", "the scale is alpha;")]),
+      ("alpha / r\n", "alpha\n", "the scale is alpha;"),
+      ("torch.randn(r,", "torch.ones(r,", "lora_A has rank 1, not r = 4"),
+      ("self.lora_A), self", "self.lora_A.detach()), self", "lora_A gets no gradient although")]),
     "17": ('''
 import torch
 import torch.nn.functional as F
@@ -416,4 +422,11 @@ def perplexity(model, texts):
       ("n + len(ids) - 1", "n + len(ids)", "is not predicted"),
       ("with torch.no_grad():", "if True:", "builds a graph"),
       ("            if len(ids) < 2:\n                continue\n", "", "one id has nothing to predict: .*attempt.py")]),
+}
+
+ALSO_RIGHT = {
+    "07": [("self.kv = {}\n", "self.kv, self.position, self.segments = {}, 0, 3\n")],
+    "13": [("model.zero_grad()", "for p in model.parameters():\n        p.grad = torch.zeros_like(p)"),
+           ("loss.backward()", "for p, g in zip(model.parameters(), torch.autograd.grad(loss, list(model.parameters()))):\n"
+            "            p.grad = g if p.grad is None else p.grad + g")],
 }

@@ -59,7 +59,7 @@ def judge(name, file=None):
             passed.append(title)
     except Hint as hint:
         return passed, type(hint)(f"{title}: {hint}")
-    except Exception as error:                                   # the learner's own; no traceback of ours
+    except (Exception, SystemExit) as error:                     # the learner's own; no traceback of ours
         return passed, in_words(error, title, file, checks.NAME)
     return passed, None
 
@@ -72,6 +72,8 @@ def in_words(error, title, file, what):
     if isinstance(error, NotImplementedError) and frames and frames[-1].line.startswith("raise"):      # torch raises it, too
         return Blank(f"still blank: {file.name}:{frames[-1].lineno} raises NotImplementedError; write {what} there")
     message = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+    if isinstance(error, SystemExit):
+        message = "this ends the program, and the judge with it, before a verdict; leave exit() and sys.exit() out"
     if frames:
         return Hint(f"{title}: {file.name}:{frames[-1].lineno}: {message}   (`{frames[-1].line}`)")
     return Hint(f"{title}: calling {what} failed ({message}); keep the name and the arguments as they were")

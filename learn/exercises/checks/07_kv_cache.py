@@ -91,10 +91,11 @@ def decoding(attempt):
     """a model that writes with it gives the same logits as one that reads all at once"""
     torch.manual_seed(0)
     model = Transformer(ModelArgs(dim=16, n_layers=2, n_heads=2, vocab_size=32, max_seq_len=16, multiple_of=8)).eval()
-    tokens = randint(32, 2, 7)
+    tokens, own = randint(32, 2, 7), attempt()
 
-    class Cache(attempt):                                        # what else the model looks at
-        segments, position = None, property(lambda self: self.length)
+    class Cache:                                                 # what the model looks at; an attempt may give these names another meaning
+        segments, extend = None, staticmethod(own.extend)
+        length = position = property(lambda self: own.length)
 
     cache = Cache()
     with torch.no_grad():

@@ -32,18 +32,22 @@ def step(attempt, *args):
     return parts(attempt(*args), ("the gradients or None", "the next scale", "the next streak"))
 
 
-def unscaled(attempt):
-    """the true gradients"""
-    grads = given()
-    got = step(attempt, grads, 8.0, 0, 100)[0]
+def true_gradients(got, streak):
+    """got: the gradients that came back for given(), a scale of 8 and this streak of 100."""
     if got is None:
         raise Hint("a good update was left out: all gradients are finite")
-    want = reference(grads, 8.0, 0, 100)[0]
-    for i, (g, w) in enumerate(zip(parts(got, ("the first gradient", "the second")), want)):
-        same(g, w, f"gradient {i}", mistakes={"the gradients were not unscaled: divide by scale": grads[i],
-        "multiplied by the scale once more; divide": grads[i] * 8.0,
-                                              "divided by the next scale; these gradients were made with the present one": grads[i] / 16.0,
-                                              "divided by the scale twice": grads[i] / 64.0})
+    want = reference(given(), 8.0, streak, 100)[0]
+    for i, (g, w, scaled) in enumerate(zip(parts(got, ("the first gradient", "the second")), want, given())):
+        same(g, w, f"gradient {i} of the good update {streak + 1} of 100", mistakes={
+            "the gradients were not unscaled: divide by scale": scaled,
+            "multiplied by the scale once more; divide": scaled * 8.0,
+            "divided by the next scale; these gradients were made with the present one": scaled / 16.0,
+            "divided by the scale twice": scaled / 64.0})
+
+
+def unscaled(attempt):
+    """the true gradients"""
+    true_gradients(step(attempt, given(), 8.0, 0, 100)[0], 0)
 
 
 def left_out(attempt):
@@ -76,11 +80,12 @@ def growing(attempt):
         "the scale grew after a single good update; wait for `interval` of them in a row": 16.0})
     equal(int(streak), 4, "the streak after a good update", {"a good update must make the streak longer: streak + 1": 3,
     "the streak lost its count: a good update makes it longer": 0})
-    _, scale, streak = step(attempt, given(), 8.0, 99, 100)
+    grads, scale, streak = step(attempt, given(), 8.0, 99, 100)
     equal(float(scale), 16.0, "the next scale after the 100th good update of 100", {
         "the scale did not grow with the 100th good update of 100: count this update first, then compare": 8.0})
     equal(int(streak), 0, "the streak after the scale has grown", {
         "the streak must begin anew after growth, or the scale doubles at every update from now on": 100})
+    true_gradients(grads, 99)                                    # the one update where the next scale is another
 
 
 def arguments(attempt):

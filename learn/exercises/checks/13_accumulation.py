@@ -34,12 +34,13 @@ def given(*targets_in_each):
 
 
 def gradients(function, batches, stale=False):
-    """(loss, the gradient of the last matrix, after function(model, batches))."""
+    """(loss, the gradient of the last matrix, after function(model, batches); what ran: the rows of each forward pass, "backward")."""
     model, seen = a_model(), []
     if stale:
         for p in model.parameters():
             p.grad = torch.ones_like(p)
     model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    model[1].weight.register_hook(lambda _: seen.append("backward"))
     loss = function(model, batches)
     return loss, model[1].weight.grad, seen
 
@@ -102,8 +103,12 @@ def empty(attempt):
 def one_at_a_time(attempt):
     """one micro-batch in memory at a time"""
     seen = gradients(attempt, given(16, 3, 9))[2]
-    if seen != [2, 2, 2]:
-        raise Hint(f"the model was called with {seen} rows; call it once for each micro-batch, with its 2 rows: the whole batch does not fit into memory")
+    rows = [n for n in seen if n != "backward"]
+    if rows != [2, 2, 2]:
+        raise Hint(f"the model was called with {rows} rows; call it once for each micro-batch, with its 2 rows: the whole batch does not fit into memory")
+    if (2, 2) in zip(seen, seen[1:]):
+        raise Hint("a micro-batch went forward before the one in front of it went backward: the graphs of both are in memory; "
+                   "call .backward() in the loop, on the loss of each")
 
 
 CHECKS = [same_as_whole, fresh, empty, one_at_a_time]

@@ -43,6 +43,9 @@ def can_begin(attempt):
     if not layer.lora_A.any():
         raise Hint("lora_A and lora_B are both zero: then neither ever gets a gradient, and nothing is learnt; A must be random" if not layer.lora_B.any() else
                    "lora_A is zero and lora_B random; it is the other way round: A random, B zero")
+    rank = torch.linalg.matrix_rank(layer.lora_A.detach().float().nan_to_num())
+    if rank < R:
+        raise Hint(f"lora_A has rank {rank}, not r = {R}: where its rows are alike, the columns of B learn the same; A must be random")
     layer(randn(5, IN)).sum().backward()
     if layer.lora_B.grad is None or not layer.lora_B.grad.any():
         raise Hint("lora_B gets no gradient; .data, .detach() and torch.no_grad() cut it")
@@ -78,6 +81,16 @@ def update(attempt):
                 "the update is missing: the base layer alone came back": y, "the base layer is missing: W x + bias + update": ALPHA / r * change})
 
 
+def both_learn(attempt):
+    """as soon as B is not zero, A gets a gradient, too"""
+    _, layer = made(attempt)
+    with torch.no_grad():
+        layer.lora_B.copy_(randn(OUT, R, seed=2))
+    layer(randn(5, IN)).sum().backward()
+    if layer.lora_A.grad is None or not layer.lora_A.grad.any():
+        raise Hint("lora_A gets no gradient although lora_B is not zero, so only B would learn; .data, .detach() and torch.no_grad() cut it")
+
+
 def any_axes(attempt):
     """it works on (batch, time, in), too"""
     base, layer = made(attempt)
@@ -85,4 +98,4 @@ def any_axes(attempt):
         same(layer(randn(2, 3, IN)), base(randn(2, 3, IN)), "the output for x (2, 3, in)", "B T out")
 
 
-CHECKS = [two_thin_matrices, can_begin, starts_as_base, frozen, update, any_axes]
+CHECKS = [two_thin_matrices, can_begin, starts_as_base, frozen, update, both_learn, any_axes]
