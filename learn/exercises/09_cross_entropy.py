@@ -11,7 +11,7 @@ keeping anything inside it, and again when the gradient is asked for.
 
 A target of -100 means: no loss here (a prompt, padding). Return the sum and the number of the others, and let the caller divide: only so
 can several batches be put together rightly. The idea: Chen et al. 2016 (arXiv:1604.06174). The solution: `linear_cross_entropy` in
-nanollm/losses.py. Judge:  python -m learn.exercises 09
+nanollm/losses.py (by another way: it computes the gradients in the forward pass). Judge:  python -m learn.exercises 09
 """
 import torch
 import torch.nn.functional as F
