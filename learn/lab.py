@@ -203,11 +203,3 @@ def bars(plt, figures, label=""):
         plt.annotate(f"{mean(runs):.3g}", (i, mean(runs) + spread(runs)), ha="center", va="bottom", fontsize=8)
     plt.xticks(range(len(figures)), figures, rotation=20 if len(figures) > 4 else 0)
     plt.ylabel(label)
-
-
-def stored(name):
-    """The stored result of an experiment."""
-    path = RESULTS / f"{name}.json"
-    if not path.exists():
-        raise UserError(f"there is no stored result of {name}: python -m learn.experiments.{name} --record true makes it")
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -10,6 +10,7 @@ bf16 autocast, activation checkpointing (Chen et al. 2016, arXiv:1604.06174), th
 
 One sees that accumulation halves all of it, checkpointing takes away most of the blocks' share and costs a second forward pass, the
 chunked loss takes away the logits, and autocast a quarter, not a half: so "mixed precision saves no memory" is wrong, and so is "half".
+The milliseconds are this machine's: they are shown, and no claim rests on them.
 """
 import contextlib
 import statistics
@@ -87,8 +88,7 @@ def main(cfg):
               "half the rows keep half": abs(share[HALF] - 0.5) < 0.01,
               "autocast saves, but less than half": 0.55 < share["bf16"] < 0.95,
               "checkpointing keeps less than 40 %": share[CHECKPOINT] < 0.4,
-              "checkpointing makes a step slower": ms[CHECKPOINT] > 1.05 * ms["fp32"],
-              "a batch of 15, 17 or 20 costs at most half as much again a row as one of 16": max(sizes.values()) < 1.5 * sizes[16]}
+              "all together keep less than a tenth": share["all"] < 0.1}
 
     def draw(plt):
         plt.barh(list(kept)[::-1], list(kept.values())[::-1], color="#4878a8")

@@ -6,7 +6,10 @@ MiniCPM (Hu et al. 2024, arXiv:2404.06395, section 5) lays its best data into th
 falls and the weights settle. Here 30 % of the tokens are clean, the rest has a fifth of its tokens replaced by others, and the
 clean part comes first, last (the phase of falling rate) or mixed in. The loss is that on clean text. Beside them: clean text
 only, noised text only, and noised text only for a model of more than three times the parameters (Gunasekar et al. 2023,
-arXiv:2306.11644: small models on good text rival larger ones). The runs are short, so what was read last weighs much.
+arXiv:2306.11644: small models on good text rival larger ones).
+
+Under WSD "last" means two things at once: read while the rate falls, and read most recently. These runs cannot tell which of them
+helps (the same plans at a constant rate would); and in runs so short what was read last weighs much.
 """
 import torch
 

@@ -57,6 +57,8 @@ def main(cfg):
                     with torch.no_grad():
                         chosen, rejected = (sequence_logps(policy(held_out[0]), held_out[1])[0] - ref_held_out).chunk(2)
                     moved.append((step, chosen.mean().item(), rejected.mean().item(), (chosen > rejected).float().mean().item()))
+                if step == cfg.steps(STEPS):
+                    break                                # the last look was at the end
                 inputs, targets = pairs_of(ids, tok.vocab_size, alike, 1_000_003 * (seed + 1) + step)
                 with torch.no_grad():
                     ref = sequence_logps(base(inputs), targets)[0]

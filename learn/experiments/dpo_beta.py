@@ -69,6 +69,8 @@ def main(cfg):
                         logps, counts = sequence_logps(policy(held_out[0]), held_out[1])
                         _, count, m = dpo_loss(logps, ref_held_out, counts, beta)
                     gaps.append((step, m["margin"].item() / count.item() / beta, m["accuracy"].item() / count.item()))
+                if step == cfg.steps(STEPS):
+                    break                                # the last look is at the policy whose KL is measured below
                 inputs, targets = pairs_of(ids, tok.vocab_size, 1_000_003 * (seed + 1) + step)
                 with torch.no_grad():
                     ref = sequence_logps(base(inputs), targets)[0]

@@ -3,11 +3,14 @@
     python -m learn.experiments.lora_rank                  a minute and a half on one core
 
 A base that has read little Chinese is tuned on Chinese only, with W frozen and an update (alpha / r) B A beside it (Hu et al. 2021,
-eq. 3). The rank bounds what the update can be: at most r directions a matrix. alpha only multiplies it. One sees whether more rank
-comes nearer to full fine-tuning, and how far the weights have moved, |change of W|, for each alpha after the same number of updates.
+eq. 3). The rank bounds what the update can be: at most r directions a matrix. alpha only multiplies it, so where the rank changes,
+alpha = 4 r keeps the scale alpha / r at 4; where alpha changes, the rank stays 4. One sees whether more rank comes nearer to full
+fine-tuning, and how far the weights have moved, |change of W|, after the same number of updates.
 
-More rank helps each time, and full fine-tuning is still better. A larger alpha moves the weights further, but far less than in
-proportion: 64 times the alpha moves them some five times as far.
+More rank helps each time, and full fine-tuning is still better. It also moves the weights further at the same scale; but rank 4 with
+alpha 64 has moved them about as far as rank 16 and is hardly better for it: what helps are the directions.
+
+A larger alpha moves the weights further, but far less than in proportion: 64 times the alpha moves them some five times as far.
 """
 import copy
 
@@ -16,7 +19,7 @@ import torch
 from learn import lab
 from nanollm.peft import TARGETS, add_adapter
 
-RANKS, ALPHAS = (1, 4, 16), (1.0, 8.0, 64.0)             # alpha is 16 where the rank changes, the rank 4 where alpha changes
+RANKS, ALPHAS = (1, 4, 16), (1.0, 8.0, 64.0)             # alpha is 4 r where the rank changes, the rank 4 where alpha changes
 RATE = 1e-2                                              # the best of 1e-3, 3e-3, 1e-2, 3e-2, for full fine-tuning and for rank 4 alike
 BASE_STEPS, STEPS = 500, 100
 CHINESE = 0.1                                            # share of the base's rows
@@ -49,7 +52,7 @@ def pretrained(cfg, tok, length=64, rows=16):
 def main(cfg):
     tok = lab.tokenizer()
     base, zh, val = pretrained(cfg, tok), lab.stream(lab.texts(1500, 2, "zh"), tok), lab.stream(lab.texts(300, 1, "zh"), tok)
-    arms = {**{f"r {r}": dict(r=r, alpha=16.0) for r in RANKS}, "full": None, **{f"alpha {a:g}": dict(r=4, alpha=a) for a in ALPHAS}}
+    arms = {**{f"r {r}": dict(r=r, alpha=4.0 * r) for r in RANKS}, "full": None, **{f"alpha {a:g}": dict(r=4, alpha=a) for a in ALPHAS}}
     figures = {"before": lab.val_loss(base, val)}
     for name, options in arms.items():
         for seed in range(cfg.seeds):
