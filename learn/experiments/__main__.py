@@ -1,6 +1,6 @@
 """Runs all experiments, or those named, one after another, and holds their figures against the stored ones.
 
-    python -m learn.experiments                            all, about half an hour on one core
+    python -m learn.experiments                            all, about three quarters of an hour on one core
     python -m learn.experiments no_warmup no_scaling       some
     python -m learn.experiments --scale 0.02 --seeds 1     do they all run
 """

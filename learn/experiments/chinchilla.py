@@ -23,11 +23,12 @@ WIDTHS = {"C": (8, 12, 16, 24, 32), "4 C": (8, 16, 24, 32, 48)}         # 2 laye
 
 
 def main(cfg):
+    cfg.seeds = min(cfg.seeds, 2)                             # each costs more than half a minute: two, not three
     train_ids, val_ids, tok = lab.corpus()
     figures, points = {}, {budget: [] for budget in BUDGETS}
     for budget, flops in BUDGETS.items():
         for dim in WIDTHS[budget]:
-            for seed in range(min(cfg.seeds, 2)):             # each costs more than half a minute: two, not three
+            for seed in range(cfg.seeds):
                 model = lab.tiny(tok.vocab_size, seed, dim=dim, n_heads=2)
                 n = sum(p.numel() for p in model.parameters())
                 steps = cfg.steps(flops / (6 * n * TOKENS))

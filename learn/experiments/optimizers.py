@@ -40,9 +40,8 @@ def main(cfg):
     for kind, rates in RATES.items():
         rate = min(rates, key=lambda r: go(kind, r, seed=99)[0])
         runs = [go(kind, rate, seed) for seed in range(cfg.seeds)]
-        print(f"  {kind}: rate {rate:g}")
         figures[kind] = [loss for loss, _, _ in runs]
-        figures[f"{kind} kept"] = runs[0][2]
+        figures[f"{kind} rate"], figures[f"{kind} kept"] = rate, runs[0][2]
         curves[f"{kind}, rate {rate:g}"] = runs[0][1]
     claims = {"AdamW ends below SGD": lab.higher(figures["SGD"], figures["AdamW"]),
               "Muon ends below AdamW": lab.higher(figures["AdamW"], figures["Muon"])}
