@@ -64,7 +64,7 @@ def tokenizer(vocab_size=512, language=""):
 
 def stream(docs, tok):
     """All documents after one another, each with its <|endoftext|>: (N,) int64."""
-    return torch.tensor([token for text in docs for token in [*tok.encode(text), tok.eos_id]])
+    return torch.tensor([token for text in docs for token in [*tok.encode(text), tok.eos_id]], dtype=torch.long)
 
 
 @functools.cache
