@@ -216,5 +216,7 @@ def prepare(command, here):
             evaluate.main(evaluate.Config(init_from=f"out/mine/{run}", data=["out/mine/tokens"], max_tokens=3000, out=f"out/mine/{run}"))
     if "--from_hf" in command:
         shutil.rmtree("out/imported")
+    if command.startswith("python prepare_data.py demo"):
+        shutil.rmtree(re.search(r"--out (\S+)", command)[1], ignore_errors=True)
     if command.startswith("python prepare_data.py rejects") and (out := re.search(r"--out (\S+)", command)):
         (here / out[1]).unlink(missing_ok=True)
