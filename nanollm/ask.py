@@ -167,7 +167,8 @@ def runs(show):
     if words[:2] == ["python", "-c"]:
         return bool(compile(words[2], show, "exec"))
     if words[:2] == ["python", "-m"]:
-        return (ROOT / words[2].split(".")[0]).is_dir() and importlib.util.find_spec(words[2]) is not None or words[2] == "pytest"
+        ours = (ROOT / words[2].split(".")[0]).is_dir()          # find_spec raises where the first part of the name is missing
+        return words[2] == "pytest" or ours and importlib.util.find_spec(words[2]) is not None
     return words[:1] in (["python"], ["bash"]) and (ROOT / words[1]).exists()
 
 

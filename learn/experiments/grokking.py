@@ -1,6 +1,6 @@
 """Grokking: does a model that knows its training examples by heart understand them later?
 
-    python -m learn.experiments.grokking                   about a minute on one core
+    python -m learn.experiments.grokking                   a minute and a half on one core
 
 a + b mod P, asked as three tokens; less than half of the P * P sums are for training. Power et al. 2022 (arXiv:2201.02177, figure 1):
 *training* accuracy is full early, *validation* accuracy stays low and rises long after. What drives it is weight decay: among the weights

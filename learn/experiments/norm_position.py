@@ -1,6 +1,6 @@
 """Where does the norm belong, before a sub-layer or after the sum, and does depth matter?
 
-    python -m learn.experiments.norm_position              about a minute on one core
+    python -m learn.experiments.norm_position              two minutes on one core
 
 Pre-norm, x + f(norm(x)), leaves a path from the output to the first block on which nothing is scaled; post-norm, norm(x + f(x)), the
 first transformer's, scales the gradient once more at every block. Both at two depths, with the initialisation of that time (Glorot &
