@@ -2,8 +2,8 @@
 modules and in as few calls as will do.
 
 For one token a layer's arithmetic takes as long as reading its weights, and every call of a module or a kernel takes microseconds
-on top. So q, k and v are one product, gate and up are one, and both are rotated at once. And the weights are copied
-once into the order in which the matrix library wants to read them. `model.py` remains the definition: whatever is not exactly its
+on top. So q, k and v are one product, gate and up are one, and q and k are rotated at once. And the large weights are copied
+once into the order in which they are read fastest. `model.py` remains the definition: whatever is not exactly its
 Transformer goes through it, and a test holds the two together.
 """
 import weakref
@@ -56,15 +56,30 @@ class RoomyCache(KVCache):
 
 
 def stacked(weights, rows):
-    """x (rows, C) -> x [W_1; W_2; …]^T. Large matrices are copied into oneDNN's blocks: more rows than one pay for such a copy in each
-    call otherwise, in MKL too, and one row is read a fifth faster from it. rows = 0: no copies, for a model that might not fit twice."""
+    """x (rows, C) -> x [W_1; W_2; …]^T, the order of a large matrix in memory made for so many rows. rows = 0: no copies, for a model
+    that might not fit twice."""
     if not rows and weights[0].numel() >= 2**18:
         return lambda x: torch.cat([product(x, w) for w in weights], 1)
-    w = torch.cat(weights) if len(weights) > 1 else weights[0]
-    if not ONEDNN or w.numel() < 2**18:
+    w, threads = torch.cat(weights) if len(weights) > 1 else weights[0], torch.get_num_threads()
+    if w.numel() < 2**18:
         return lambda x: x @ w.t()
-    blocks = torch.ops.mkldnn._reorder_linear_weight(w, rows)
+    if rows == 1 and torch.backends.mkl.is_available() and len(w) % threads == 0:
+        # MKL gives one row to one thread; of several products each thread takes one. And memory is read fastest in long runs
+        parts = w.view(threads, -1, w.size(1)).mT                                             # (threads, C, N / threads)
+        parts = parts.contiguous() if parts.size(2) > parts.size(1) else parts
+        return lambda x: torch.bmm(x.expand(threads, 1, -1), parts).view(1, -1)
+    if not ONEDNN:
+        return lambda x: x @ w.t()
+    blocks = torch.ops.mkldnn._reorder_linear_weight(w, rows)       # its own order, into which it would copy the matrix in each call
     return lambda x: ONEDNN(x, blocks, None, "none", [], "")
+
+
+def norm(x, weight, eps):
+    """model.py's RMSNorm. F.rms_norm is six calls inside; the mean square of one row is a number, and then two will do."""
+    if len(x) > 1:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    mean_square = torch.dot(x[0], x[0]).item() / x.size(1)
+    return (x * (mean_square + eps) ** -0.5).mul_(weight)
 
 
 class Decoder:
@@ -91,25 +106,25 @@ class Decoder:
 
     def __call__(self, tokens, segments, cache):
         """tokens (B, 1), segments (B, 1) or None -> logits (B, V)."""
-        eps, C = self.eps, self.norm.shape
+        eps = self.eps
         cos, sin = self.cos[cache.length], self.sin[cache.length]                             # (D,)
         if segments is not None:
             cache.segments = torch.cat((cache.segments, segments), 1)                         # (B, S)
             hidden = segments != cache.segments
             segments = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None, None]           # (B, 1, 1, S), added to the scores
         x = self.embeddings[tokens[:, 0]]                                                     # (B, C)
-        for attention, norm, qkv, wo, ffn_norm, gate_up, w2 in self.layers:
+        for attention, attention_norm, qkv, wo, ffn_norm, gate_up, w2 in self.layers:
             H, G, D = attention.n_heads, attention.n_kv_heads, attention.head_dim
-            qkv = qkv(F.rms_norm(x, C, norm, eps)).view(-1, H + 2 * G, D)
+            qkv = qkv(norm(x, attention_norm, eps)).view(-1, H + 2 * G, D)
             qk = qkv[:, : H + G]
             qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin)                            # (-x2, x1) sin = (x2, x1) (-sin, sin)
             k, v = cache.extend(attention, qk[:, H:, None], qkv[:, H + G :, None])            # (B, G, S, D)
             q = qk[:, :H].view(-1, G, H // G, D)             # the heads of a group look at the same keys, as so many tokens would: no copies
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=segments)                 # (B, G, H / G, D)
             x = x + wo(out.reshape(-1, H * D))
-            gate, up = gate_up(F.rms_norm(x, C, ffn_norm, eps)).chunk(2, 1)                   # (B, hidden_dim)
+            gate, up = gate_up(norm(x, ffn_norm, eps)).chunk(2, 1)                            # (B, hidden_dim)
             x = x + w2(F.silu(gate) * up)
-        return self.output(F.rms_norm(x, C, self.norm, eps))
+        return self.output(norm(x, self.norm, eps))
 
 
 def cache_for(model, room):

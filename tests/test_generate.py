@@ -3,6 +3,7 @@ import copy
 import gc
 import itertools
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -248,14 +249,17 @@ def test_the_cache_is_allocated_once_and_holds_key_value_heads_only(model, monke
 
 @pytest.mark.parametrize("shape", [dict(n_kv_heads=4), dict(n_kv_heads=1, tie_embeddings=False),
                                    dict(n_kv_heads=2, dim=512, multiple_of=512, vocab_size=600)], ids=str)
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows, threads", [(1, 1), (1, 2), (1, 3), (3, 2), (0, 2)])
 @pytest.mark.parametrize("ragged", [False, True])
-def test_the_decoder_equals_the_model(shape, rows, ragged):
-    """Three tokens after a prompt, small and large matrices, in place and copied, with pads on the left and without: model.py's logits and keys."""
+def test_the_decoder_equals_the_model(shape, rows, threads, ragged, request):
+    """Three tokens after a prompt, small and large matrices, as they are, in oneDNN's blocks and in a part for each thread, where so many
+    parts are possible and where not, with pads on the left and without: model.py's logits and keys."""
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(threads)
     model = tiny_lm(**{"multiple_of": 16, **shape})
-    ids = torch.randint(0, 320, (3, 12), generator=torch.Generator().manual_seed(0))
-    segments = (torch.arange(9) >= torch.tensor([[0], [4], [7]])).long() if ragged else None
-    one, caches, logits = torch.ones(3, 1, dtype=torch.long) if ragged else None, [], []
+    ids = torch.randint(0, 320, (3, 12), generator=torch.Generator().manual_seed(0))[-rows:]
+    segments = (torch.arange(9) >= torch.tensor([[0], [4], [7]])).long()[-rows:] if ragged else None
+    one, caches, logits = torch.ones(len(ids), 1, dtype=torch.long) if ragged else None, [], []
     with torch.no_grad():
         for read in (Decoder(model, rows), lambda *a: model(*a, head=lambda h, output: output(h[:, -1]))):
             caches.append(RoomyCache(12))
