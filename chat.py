@@ -5,8 +5,8 @@
     python chat.py --init_from out/demo/sft out/demo/dpo --serve             a page in the browser, and OpenAI's API
 
 /reset forgets the conversation, /regenerate answers again, /probs shows what the last answer might have been, /save and /load keep
-a conversation, /system TEXT sets the system prompt, /exit or Ctrl-D leaves, Ctrl-C stops an answer. A checkpoint that has only been
-pretrained cannot answer; it goes on with the text instead.
+a conversation, /system TEXT sets the system prompt, /adapter NAME puts on another of --adapters, /exit or Ctrl-D leaves, Ctrl-C stops
+an answer. A checkpoint that has only been pretrained cannot answer; it goes on with the text instead.
 """
 import json
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from nanollm import checkpoint, dist
+from nanollm import adapter_files, checkpoint, dist
 from nanollm.beam import beam_search
 from nanollm.config import UserError, arg, run
 from nanollm.data import messages_from
@@ -23,7 +23,7 @@ from nanollm.tokenizer import StreamDecoder, render
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "no_repeat_ngram")
 HELP = ("[/reset forgets the conversation, /regenerate answers again, /probs shows the last answer's probabilities, /save FILE and /load FILE, "
-        "/system TEXT, /exit ends; Ctrl-C stops an answer]")
+        "/system TEXT, /adapter NAME, /exit ends; Ctrl-C stops an answer]")
 
 
 @dataclass
@@ -44,6 +44,7 @@ class Config:
     show_probs: bool = arg(False, "after each answer, the likeliest tokens of each step")
     seed: int = arg(0, "of the sampling; the same seed and messages give the same answers")
     variants: list = arg([], "architecture options to put on the model; sliding_window: answers may outgrow the context")
+    adapters: list = arg([], "--peft runs of this very model, or directories of the peft library: /adapter puts one on (docs/peft.md)")
     quantize: str = arg("", "int8, int4 or nf4: weights in so many bits (docs/quantization.md); empty = as they are")
     device: str = arg("auto", "auto, cpu, cuda, cuda:N, mps")
     serve: bool = arg(False, "serve a page and OpenAI's API instead of a dialogue (extra: web)")
@@ -70,7 +71,7 @@ class Chat:
     """One conversation: remembers the messages and streams the next answer."""
 
     def __init__(self, model, tok, cfg, completion):
-        self.model, self.tok, self.cfg, self.completion, self.told = model, tok, cfg, completion, False
+        self.model, self.tok, self.cfg, self.completion, self.told, self.adapters = model, tok, cfg, completion, False, {}
         self.generator = torch.Generator(next(model.parameters()).device).manual_seed(cfg.seed)
         self.system = cfg.system
         self.reset()
@@ -167,6 +168,8 @@ class Chat:
             self.system = rest.strip()
             self.reset()
             print("[the system prompt is set, the conversation forgotten]")
+        elif name == "/adapter":
+            adapter_files.switch(self, rest.strip())
         elif name == "/probs":
             self.show_probs()
         elif name == "/regenerate":
@@ -188,7 +191,7 @@ def main(cfg):
             raise UserError(f"--{name} {getattr(cfg, name)} makes no sense; see --help for the range")
     if len(cfg.init_from) != 1 and not (cfg.init_from and cfg.serve):
         raise UserError(f"--init_from names {len(cfg.init_from)} checkpoints: in the terminal one talks to one; several are compared with --serve")
-    unused = [f"--{name}" for name in ("prompt", "system", "stop", "beams", "show_probs", "seed") if getattr(cfg, name) != getattr(Config(), name)]
+    unused = [f"--{name}" for name in ("prompt", "system", "stop", "beams", "show_probs", "seed", "adapters") if getattr(cfg, name) != getattr(Config(), name)]
     if cfg.serve and unused:
         raise UserError(f"--serve takes no {', '.join(unused)}: each request, and the page, says for itself what it wants; leave it out")
     device = dist.choose_device(cfg.device)
@@ -198,6 +201,9 @@ def main(cfg):
         return serve(loaded, cfg, {name: getattr(cfg, name) for name in SAMPLING})
     [(_, model, tok, meta)] = loaded
     chat = Chat(model, tok, cfg, completion=meta["stage"] == "pretrain")
+    if cfg.adapters:
+        chat.adapters = adapter_files.bank(model, tok, cfg.adapters, chat.completion)
+        adapter_files.switch(chat, list(chat.adapters)[1])   # the first one; [0] is the base
     if chat.completion:
         print("note: this checkpoint is only pretrained: it continues text and answers no questions; "
               "train_sft.py teaches it to chat" + ("; --system is ignored" if cfg.system else ""))
@@ -212,8 +218,7 @@ def main(cfg):
         try:
             text = input("> ").strip()
         except EOFError:                                     # Ctrl-D
-            print()
-            return
+            return print()
         except KeyboardInterrupt:                            # Ctrl-C at the prompt: a fresh line
             print()
             continue

@@ -18,8 +18,10 @@ from pathlib import Path
 import torch
 
 from nanollm import checkpoint, peft
+from nanollm import tokenizer as tokenizers
 from nanollm.config import UserError
 from nanollm.hf import from_hf_name, safetensors, to_hf_name
+from nanollm.quant import QuantLinear
 
 VIRTUAL = {"prompt": "PROMPT_TUNING", "ptuning": "PROMPT_TUNING", "ptuning_v2": "PREFIX_TUNING", "prefix": "PREFIX_TUNING"}
 PLAIN = set("""task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode target_modules exclude_modules
@@ -82,10 +84,10 @@ def load_adapter(model, dir):
     dir, before = Path(dir), getattr(model, "adapter", None)
     try:
         return read_adapter(model, dir, *read_files(dir))
-    except UserError:
+    except UserError as e:
         peft.set_adapter(model, before)
-        raise
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as e:
+        raise e if str(dir) in str(e) else UserError(f"{dir}: {e}") from None
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError, ArithmeticError) as e:
         peft.set_adapter(model, before)
         raise UserError(f"{dir}: adapter_config.json and adapter_model.safetensors are not of one adapter: {e!r}") from None
 
@@ -109,13 +111,20 @@ def read_files(dir):
 
 def read_adapter(model, dir, c, state):
     """Build what the configuration `c` describes, and fill it from `state`."""
-    kind, init, known = c.get("peft_type"), c.get("init_lora_weights"), {"LORA", "ADALORA", "IA3", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"}
+    if not isinstance(c, dict):
+        raise UserError(f"{dir}/adapter_config.json is no table of settings")
+    kind, init, known = str(c.get("peft_type")), c.get("init_lora_weights"), {"LORA", "ADALORA", "IA3", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"}
     odd = [k for k, v in c.items() if v and k not in (PLAIN | {"rank_pattern"} if kind == "ADALORA" else PLAIN)]
     odd += [f"init_lora_weights {init}, which changes the base"] if init not in (None, True, False, "gaussian", "eva") else []
     if kind not in known or odd:
         raise UserError(f"{dir}: this is {kind}{' with ' + ' '.join(odd) if kind in known else ''}; what can be read is plain {', '.join(sorted(known))}")
-    if "prompt_embeddings" in state:
+    if kind in VIRTUAL.values() or kind == "P_TUNING":
+        if other := sorted(state.keys() ^ {"prompt_embeddings"}):
+            raise UserError(f"{dir}/adapter_model.safetensors: {kind} is the tensor prompt_embeddings and no other, here {other[0]} is "
+                            f"{'there, too' if other[0] in state else 'missing'}")
         table = state["prompt_embeddings"]
+        same(dir, c, {"num_virtual_tokens": len(table)} | ({"num_layers": model.args.n_layers, "num_attention_heads": model.args.n_kv_heads}
+                                                           if kind == "PREFIX_TUNING" else {}))
         adapter = peft.add_adapter(model, "ptuning_v2" if kind == "PREFIX_TUNING" else "prompt", n=len(table))
         name = next(k for k in peft.adapter_state_dict(model))
         return fill(model, adapter, {name: table})
@@ -123,18 +132,67 @@ def read_adapter(model, dir, c, state):
     for key, value in state.items():                     # base_model.model.<their module>.lora_A.weight
         module, _, leaf = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
         ours[f"{from_hf_name(module)}.{leaf}"] = value
+    check_targets(dir, c.get("target_modules"), {to_hf_name(k.rpartition(".")[0]) for k in ours})
+    ranks = {k.rpartition(".")[0]: len(v) for k, v in ours.items() if k.endswith("lora_A")}
     targets = [t for t in peft.TARGETS if any(k.split(".")[-2] == t for k in ours)]
     if kind == "IA3":
         adapter = peft.add_adapter(model, "ia3")
     elif kind == "ADALORA":
-        adapter = peft.add_adapter(model, "adalora", r=min(c["target_r"], c["init_r"]), r0=c["init_r"], alpha=float(c["lora_alpha"]), targets=targets)
-        ours = {k: widen(k, v, c["init_r"]) for k, v in ours.items()}
+        for key in ("init_r", "target_r"):
+            if type(c.get(key)) is not int or c[key] < 1:
+                raise UserError(f"{dir}/adapter_config.json: {key} must be a whole number of at least 1, got {c.get(key)!r}")
+        r, r0 = c["target_r"], c["init_r"]
+        check_pattern(dir, c.get("rank_pattern") or {}, ranks, r0)
+        adapter = peft.add_adapter(model, "adalora", r=min(r, r0), r0=r0, alpha=c.get("lora_alpha"),
+                                   dropout=c.get("lora_dropout", 0.0), targets=targets)
+        ours = {k: widen(k, v, r0) for k, v in ours.items()}
     else:
+        for flag in ("use_dora", "use_rslora"):
+            if not isinstance(c.get(flag, False), bool):
+                raise UserError(f"{dir}/adapter_config.json: {flag} must be true or false, got {c[flag]!r}")
+        same(dir, c, {"r": next(iter(ranks.values()), 0)})
         method = "dora" if c.get("use_dora") else "rslora" if c.get("use_rslora") else "lora"
         if c.get("use_dora") and c.get("use_rslora"):
             raise UserError(f"{dir}: DoRA with rsLoRA's scaling is none of ours; scale lora_B yourself and set use_rslora to false")
-        adapter = peft.add_adapter(model, method, r=c["r"], alpha=float(c["lora_alpha"]), dropout=c.get("lora_dropout", 0.0), targets=targets)
+        adapter = peft.add_adapter(model, method, r=c["r"], alpha=c.get("lora_alpha"), dropout=c.get("lora_dropout", 0.0), targets=targets)
     return fill(model, adapter, ours)
+
+
+def same(dir, c, found):
+    """Raises UserError unless what the configuration says of the tensors is so."""
+    for key, value in found.items():
+        if type(c.get(key)) is not int or c[key] != value:
+            raise UserError(f"{dir}/adapter_config.json: {key} is {c.get(key)!r}, by adapter_model.safetensors and the model it is {value}")
+
+
+def check_targets(dir, targets, modules):
+    """Raises UserError unless target_modules, names or one pattern for all, are those of the tensors; None says nothing."""
+    listed = isinstance(targets, list) and all(isinstance(t, str) for t in targets)
+    if targets is not None and not targets or not (targets is None or listed or isinstance(targets, str)):
+        raise UserError(f"{dir}/adapter_config.json: target_modules must be names of matrices, as q_proj, got {targets!r}")
+    try:
+        re.compile(targets if isinstance(targets, str) else "")
+    except re.error as e:
+        raise UserError(f"{dir}/adapter_config.json: target_modules {targets!r} is no regular expression: {e}") from None
+    idle = [t for t in targets if not any(f".{m}".endswith(f".{t}") for m in modules)] if listed else []
+    other = [m for m in sorted(modules) if not (any(f".{m}".endswith(f".{t}") for t in targets) if listed else targets in (None, "all-linear")
+                                                or re.fullmatch(targets, m))]
+    if idle or other:
+        raise UserError(f"{dir}/adapter_config.json: target_modules {'names ' + repr(idle[0]) if idle else 'leaves out ' + repr(other[0])}, "
+                        f"adapter_model.safetensors {'does not' if idle else 'has it'}")
+
+
+def check_pattern(dir, pattern, ranks, r0):
+    """Raises UserError unless AdaLoRA's rank_pattern, {matrix: r0 times whether the triplet lives}, is that of the ranks in the file."""
+    if not isinstance(pattern, dict):
+        raise UserError(f"{dir}/adapter_config.json: rank_pattern must be a table of matrices, got {pattern!r}")
+    lives = {from_hf_name(k.removeprefix("base_model.model.").removesuffix(".lora_E")): flags for k, flags in pattern.items()}
+    for name in lives.keys() | ranks.keys():
+        flags = lives.get(name)
+        right = flags is None or isinstance(flags, list) and len(flags) == r0 and all(isinstance(f, bool) for f in flags)
+        if not right or ranks.get(name) != (r0 if flags is None else sum(flags)):
+            raise UserError(f"{dir}/adapter_config.json: rank_pattern and init_r {r0!r} do not give the rank of {name}, "
+                            f"{ranks.get(name, 'which is missing')} in adapter_model.safetensors")
 
 
 def widen(key, value, r0):
@@ -168,8 +226,30 @@ def load_adapters(model, paths):
             raise UserError(f"{path} holds no adapter; it was trained without --peft")
         peft.check_base(model, base, path)
         found[name] = peft.add_adapter(model, **config)
-        found[name].base = base
+        found[name].base, found[name].template = base, tokenizers.load(path / "tokenizer").template
         peft.load_adapter_state_dict(model, {k: v for k, v in checkpoint.read(path, "model.pt").items() if peft.OWN.search(k)})
         peft.bake(model)
     peft.set_adapter(model, None)
     return found
+
+
+def bank(model, tok, paths, completion):
+    """What chat.py's /adapter chooses from: {name: (Adapter or None, chat template, does it only complete a text?)}, first the base. A name
+    is the last part of a path, or all of it where two would be called the same. Raises UserError as load_adapters, and for a base in few bits."""
+    if any(isinstance(m, QuantLinear) for m in model.modules()):
+        raise UserError("--adapters go on the weights that they were trained beside: leave --quantize out")
+    last = [Path(path).name for path in paths] + ["base"]
+    names = {Path(path).name if last.count(Path(path).name) == 1 else str(path): path for path in paths}
+    found = load_adapters(model, names)
+    return {"base": (None, tok.template, completion)} | {name: (a, a.template or tok.template, completion and not a.template) for name, a in found.items()}
+
+
+def switch(chat, name):
+    """Put the adapter of that name on and begin a new conversation: what one has said is not for another to go on with. Print them all."""
+    if name in chat.adapters:
+        adapter, chat.tok.template, chat.completion = chat.adapters[name]
+        peft.set_adapter(chat.model, adapter)
+        chat.reset()
+    on = getattr(chat.model, "adapter", None)
+    listed = " ".join(("*" if adapter is on else "") + key for key, (adapter, *_) in chat.adapters.items())
+    print(f"[{name + ' is not among them: ' if name and name not in chat.adapters else ''}{listed or 'none: start with --adapters DIR …'}]", flush=True)

@@ -6,7 +6,7 @@ import torch
 from conftest import SHAPE, tiny_lm, tiny_tokenizer
 
 import chat
-from nanollm import checkpoint
+from nanollm import checkpoint, peft
 from nanollm.beam import beam_search
 from nanollm.config import UserError
 from nanollm.data import to_messages
@@ -227,3 +227,46 @@ def test_a_new_system_prompt_begins_a_new_conversation(runs, monkeypatch):
     typed(monkeypatch, "a", "/system Be brief.", "b", "/reset", "c", "/system", "d")
     chat.main(config(runs, system="Old."))
     assert seen == [["Old.", "a"], ["Be brief.", "b"], ["Be brief.", "c"], ["d"]]
+
+
+def test_adapters_of_one_base_are_switched_in_the_terminal(runs, tmp_path, monkeypatch, capsys):
+    """/adapter NAME answers as that adapter alone, of whatever kind, `base` as the model without one, each in a new conversation; the first
+    is on at the start; without a name or with a wrong one they are listed."""
+    base, tok, answers = tiny_lm(max_seq_len=128), tiny_tokenizer(), {}
+    for name, template in (("lora", "chatml"), ("prompt", "raw")):
+        torch.manual_seed(1)
+        model = tiny_lm(max_seq_len=128)
+        peft.add_adapter(model, name)
+        for p in model.parameters():
+            p.data.add_(torch.randn_like(p) if p.requires_grad else 0)
+        model.adapter.base, tok.template = {"path": "x", "hash": peft.fingerprint(base)}, template
+        checkpoint.save(tmp_path / name, 1, model, tok, "sft", None)
+        chat.main(chat.Config(init_from=[str(tmp_path / name)], device="cpu", max_new_tokens=8, prompt=["Hi"], temperature=0.0))
+        answers[name] = capsys.readouterr().out.removeprefix("> Hi\n")
+    chat.main(config(runs, prompt=["Hi"], temperature=0.0))
+    answers["base"] = capsys.readouterr().out.removeprefix("> Hi\n")
+    typed(monkeypatch, "Hi", "/adapter prompt", "Hi", "/adapter", "/adapter base", "Hi", "/adapter nobody", "/adapter lora", "Hi")
+    chat.main(config(runs, temperature=0.0, adapters=[str(tmp_path / "lora"), str(tmp_path / "prompt")]))
+    begun, rest = capsys.readouterr().out.split("/help\n")
+    assert begun.startswith("[base *lora prompt]")
+    assert rest.strip() == (answers["lora"] + "[base lora *prompt]\n" + answers["prompt"] + "[base lora *prompt]\n[*base lora prompt]\n" + answers["base"]
+                            + "[nobody is not among them: *base lora prompt]\n[base *lora prompt]\n" + answers["lora"]).strip()
+    assert len(set(answers.values())) == 3
+    chat.main(config(runs, prompt=["Hi"], temperature=0.0, adapters=[str(tmp_path / "prompt")]))
+    assert capsys.readouterr().out.endswith("> Hi\n" + answers["prompt"])
+
+
+def test_an_adapter_of_another_base_is_refused_in_the_terminal(runs, tmp_path, monkeypatch, capsys):
+    """By the hash of the weights; so are weights in few bits, a run without an adapter, and --adapters with --serve. No --adapters: /adapter says so."""
+    model, tok = tiny_lm(max_seq_len=128), tiny_tokenizer()
+    peft.add_adapter(model, "lora").base = {"path": "out/elsewhere", "hash": "0" * 64}
+    checkpoint.save(tmp_path / "lora", 1, model, tok, "sft", None)
+    for more, match in (({}, "an adapter for another base: it was trained on out/elsewhere"), ({"quantize": "int8"}, "leave --quantize out"),
+                        ({"serve": True}, "--serve takes no --adapters")):
+        with pytest.raises(UserError, match=match):
+            chat.main(config(runs, adapters=[str(tmp_path / "lora")], **more))
+    with pytest.raises(UserError, match="holds no adapter"):
+        chat.main(config(runs, adapters=[str(runs / "sft")]))
+    typed(monkeypatch, "/adapter", "/adapter x")
+    chat.main(config(runs))
+    assert "[none: start with --adapters DIR …]\n[x is not among them: none: start" in capsys.readouterr().out

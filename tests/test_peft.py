@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -425,10 +426,10 @@ def test_what_cannot_be_read_or_written_is_refused(tmp_path):
     save_adapter(model, tmp_path / "good")
     config, file = tmp_path / "good" / "adapter_config.json", tmp_path / "good" / "adapter_model.safetensors"
     whole, table = file.read_bytes(), json.loads(config.read_text(encoding="utf-8"))
-    for text, data, match in [(json.dumps({**table, "r": 2}), whole, "does not fit the model: 4 tensors"), ("[]", whole, "not of one adapter"),
-                              (json.dumps({k: v for k, v in table.items() if k != "lora_alpha"}), whole, "not of one adapter: KeyError.'lora_alpha'"),
-                              (json.dumps({**table, "r": "4"}), whole, "not of one adapter: TypeError"),
-                              (json.dumps({**table, "lora_alpha": "x"}), whole, "not of one adapter: ValueError"),
+    for text, data, match in [(json.dumps({**table, "r": 2}), whole, "r is 2, by .* it is 4"), ("[]", whole, "no table of settings"),
+                              (json.dumps({k: v for k, v in table.items() if k != "lora_alpha"}), whole, "alpha must be a finite number of at least 0, got None"),
+                              (json.dumps({**table, "r": "4"}), whole, "r is '4', by .* it is 4"),
+                              (json.dumps({**table, "lora_alpha": "x"}), whole, "alpha must be a finite number of at least 0, got 'x'"),
                               (json.dumps({**table, "fan_in_fan_out": True}), whole, "LORA with fan_in_fan_out"),
                               (json.dumps({**table, "alora_invocation_tokens": [5]}), whole, "LORA with alora_invocation_tokens"),
                               (json.dumps(table), whole[:-9], "safetensors: .*the file is damaged")]:
@@ -444,3 +445,54 @@ def test_what_cannot_be_read_or_written_is_refused(tmp_path):
     for kind in ("adapter", "bitfit"):
         with pytest.raises(UserError, match=f"the peft library has no {kind}"):
             save_adapter(trained(kind, {}), tmp_path / kind)
+
+
+NONSENSE = {
+    "lora": [("r", 0), ("r", 4.0), ("r", True), ("r", -4), ("r", 10**12), ("r", None), ("lora_alpha", math.nan), ("lora_alpha", math.inf), ("lora_alpha", "x"),
+             ("lora_alpha", -16), ("lora_alpha", 0), ("lora_alpha", True), ("lora_alpha", [16]), ("lora_alpha", 10**400), ("lora_dropout", 1.0),
+             ("lora_dropout", -0.1), ("lora_dropout", math.nan), ("lora_dropout", "0.1"), ("lora_dropout", None), ("target_modules", []),
+             ("target_modules", ""), ("target_modules", ["q_proj"]), ("target_modules", "q_proj"), ("target_modules", "["), ("target_modules", 7),
+             ("target_modules", ["q_proj", "v_proj", "c_attn"]), ("target_modules", [["q_proj"]]), ("use_dora", "no"), ("use_rslora", 1),
+             ("rank_pattern", {"q_proj": 2}), ("alpha_pattern", "x"), ("peft_type", ["LORA"]), ("peft_type", "PROMPT_TUNING")],
+    "adalora": [("init_r", 0), ("init_r", 6.0), ("init_r", 10**12), ("init_r", "6"), ("target_r", None), ("target_r", 0), ("target_r", -1), ("lora_alpha", math.nan),
+                ("lora_dropout", 2), ("rank_pattern", {"model.layers.0.self_attn.q_proj.lora_E": [True, False]}), ("rank_pattern", 3), ("rank_pattern", ["q_proj"]),
+                ("rank_pattern", {"model.layers.0.self_attn.q_proj.lora_E": [False] * 6}), ("rank_pattern", {"model.layers.0.self_attn.k_proj.lora_E": [True] * 6}),
+                ("rank_pattern", {"model.layers.0.self_attn.q_proj.lora_E": [1] * 6})],
+    "prompt": [("num_virtual_tokens", 0), ("num_virtual_tokens", 4), ("num_virtual_tokens", 5.0), ("num_virtual_tokens", "5"), ("num_virtual_tokens", None)],
+    "ptuning_v2": [("num_virtual_tokens", 50), ("num_layers", 1), ("num_attention_heads", 4), ("num_attention_heads", math.nan)],
+    "ia3": [("target_modules", []), ("target_modules", ["k_proj"])],
+}
+
+
+@pytest.mark.parametrize("method", NONSENSE)
+def test_a_configuration_that_makes_no_sense_costs_one_sentence(tmp_path, method):
+    """Each entry of adapter_config.json, spoilt alone, is refused by a sentence that says where and what; the model stays plain. Whole, it is read."""
+    options = {"lora": dict(r=4, targets=["wq", "wv"]), "adalora": dict(r=4, r0=6, targets=["wq", "wv"]), "ia3": {}}.get(method, dict(n=5))
+    save_adapter(trained(method, options), tmp_path)
+    config, plain = tmp_path / "adapter_config.json", build()
+    table = json.loads(config.read_text(encoding="utf-8"))
+    for key, value in NONSENSE[method]:
+        config.write_text(json.dumps({**table, key: value}), encoding="utf-8")
+        with pytest.raises(UserError, match=re.escape(str(tmp_path))) as e:
+            load_adapter(plain, tmp_path)
+        said = str(e.value)
+        assert any(word in said for word in (key, key.removeprefix("lora_"), "peft_type", "rank", "this is", "prompt_embeddings")), (key, value, said)
+        assert "\n" not in said and "Error(" not in said, said
+        assert adapter_config(plain) is None
+    for kept in ({}, {"target_modules": "all-linear"}, {"target_modules": None}):
+        config.write_text(json.dumps({**table, **kept}), encoding="utf-8")
+        load_adapter(build(), tmp_path)
+
+
+@pytest.mark.parametrize("method, option, value", [
+    ("lora", "r", 0), ("lora", "r", 2.0), ("lora", "r", True), ("lora", "r", "8"), ("lora", "alpha", math.nan), ("lora", "alpha", math.inf), ("lora", "alpha", "x"),
+    ("lora", "alpha", -1.0), ("lora", "alpha", 0.0), ("lora", "dropout", 1.0), ("lora", "dropout", math.nan), ("lora", "dropout", False), ("lora", "targets", "wq"),
+    ("lora", "targets", []), ("lora", "targets", ["q_proj"]), ("lora", "rank", 8), ("qlora", "double", 1), ("adalora", "orthogonality", math.nan),
+    ("adalora", "start", -0.1), ("adalora", "r0", 7.5), ("adapter", "size", 0), ("adapter", "size", 3.5), ("prompt", "n", math.nan), ("prefix", "hidden", -5),
+    ("ptuning", "network", None)])
+def test_an_option_that_makes_no_sense_is_refused_wherever_it_comes_from(method, option, value):
+    """add_adapter is what --peft, a checkpoint's meta.json and a file of peft's go through: the model is untouched by a refusal."""
+    plain = build()
+    with pytest.raises(UserError, match=option if option not in ("r", "targets", "network") else "rank|whole|target|network|list"):
+        add_adapter(plain, method, **{option: value})
+    assert adapter_config(plain) is None and all(p.requires_grad for p in plain.parameters())

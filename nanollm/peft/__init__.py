@@ -46,6 +46,7 @@ class Adapter:
     parts: dict                                          # place in the model -> what stands there while it is on
     plain: dict                                          # place -> what stands there otherwise
     base: dict = field(default_factory=dict)             # {"path", "hash"} of the model that it belongs to
+    template: str = ""                                   # of the chats that it was trained on, where that is known (load_adapters)
 
 
 def options_of(method, among=METHODS):
@@ -55,6 +56,19 @@ def options_of(method, among=METHODS):
         hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(among)}"
         raise UserError(f"--peft {method} is {'for train_sft.py only' if method in METHODS else 'unknown'}; {hint}")
     return {p.name: p.default for p in list(inspect.signature(METHODS[method]).parameters.values())[1:]}
+
+
+def check_options(method, options):
+    """Raises UserError unless each option is one of the method's and of its kind, a number neither negative nor without end: these come
+    from files, too."""
+    defaults = options_of(method)
+    for key, value in options.items():
+        kind = type(defaults.get(key))
+        fits = type(value) is kind or kind is float and type(value) is int or kind is tuple and isinstance(value, list)
+        if not fits or kind in (int, float) and not 0 <= value < 2**63:
+            wants = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a word", tuple: "a list of names"}
+            wants = wants[kind] + " of at least 0" * (kind in (int, float)) if key in defaults else "left out, it is no option"
+            raise UserError(f"{method} adapter: {key} must be {wants}, got {value!r}")
 
 
 def read(cfg, among=METHODS):
@@ -111,6 +125,7 @@ def add_adapter(model, method="lora", **options):
     if now := adapter_config(model):
         raise UserError(f"the model carries an adapter already ({now['method']}); merge it (merge_adapter) or take it off before adding another")
     defaults = options_of(method)
+    check_options(method, options)
     parts = METHODS[method](model, **options)
     plain = {name: place(model, name, part) for name, part in parts.items()}
     config = {"method": method} | {k: list(v) if isinstance(v, tuple) else v for k, v in {**defaults, **options}.items()}

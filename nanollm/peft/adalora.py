@@ -63,7 +63,7 @@ class AdaLoRALinear(nn.Linear):
 def adalora(model, r=8, alpha=16.0, dropout=0.0, targets=TARGETS, r0=0, start=0.1, end=0.3, orthogonality=0.5):
     """r: rank a matrix at the end, on average; r0: at the start (0 = 1.5 r). Until `start` of the run all ranks stay, and from `end`
     before its end on."""
-    check(r, dropout)
+    check(r, alpha, dropout)
     r0 = r0 or 3 * r // 2
     if r0 < r or not (start >= 0 and end >= 0 and start + end < 1):      # so that nan is refused, too
         raise UserError(f"--peft adalora: r0 {r0} must be at least r {r}, and start {start} + end {end} less than the whole run, 1")

@@ -38,5 +38,5 @@ class DoRALinear(LoRALinear):
 
 
 def dora(model, r=8, alpha=16.0, dropout=0.0, targets=TARGETS):
-    check(r, dropout)
+    check(r, alpha, dropout)
     return {name: DoRALinear(base, r, alpha, dropout) for name, base in linears(model, targets).items()}

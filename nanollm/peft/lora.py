@@ -85,25 +85,25 @@ def linears(model, targets):
     return found
 
 
-def check(r, dropout):
-    if r < 1 or not 0 <= dropout < 1:
-        raise UserError(f"LoRA: the rank must be at least 1 and dropout in [0, 1), got r {r} and dropout {dropout}")
+def check(r, alpha, dropout):
+    if r < 1 or not alpha > 0 or not 0 <= dropout < 1:
+        raise UserError(f"LoRA: the rank must be at least 1, alpha above 0 and dropout in [0, 1), got r {r}, alpha {alpha} and dropout {dropout}")
 
 
 # What --peft names: a function (model, option=default, …) -> {place in the model: what is to stand there}
 
 
 def lora(model, r=8, alpha=16.0, dropout=0.0, targets=TARGETS):
-    check(r, dropout)
+    check(r, alpha, dropout)
     return {name: LoRALinear(base, r, alpha, dropout) for name, base in linears(model, targets).items()}
 
 
 def rslora(model, r=8, alpha=16.0, dropout=0.0, targets=TARGETS):
-    check(r, dropout)
+    check(r, alpha, dropout)
     return {name: LoRALinear(base, r, alpha, dropout, rslora=True) for name, base in linears(model, targets).items()}
 
 
 def qlora(model, r=8, alpha=16.0, dropout=0.0, targets=TARGETS, double=True):
     """double: the scales of the 4-bit blocks are in 8 bits themselves (QLoRA, section 3)."""
-    check(r, dropout)
+    check(r, alpha, dropout)
     return {name: QLoRALinear(base, r, alpha, dropout, double) for name, base in linears(model, targets).items()}
