@@ -136,7 +136,7 @@ def main(cfg):
     torch.manual_seed(cfg.seed + ctx.rank)                   # ranks draw different dropout masks
     # [/shared]
     pairs.check(cfg)
-    raw, tokenizer, _ = checkpoint.load(cfg.init_from, ctx.device, expect="chat", plain=True)
+    raw, tokenizer, _ = checkpoint.load(cfg.init_from, ctx.device, expect="chat", plain=True, mapped=cfg.peft.startswith("qlora"))
     T = cfg.max_seq_len or raw.args.max_seq_len
     if T > raw.args.max_seq_len:
         raise UserError(f"--max_seq_len {T} is longer than the model's context of {raw.args.max_seq_len}")
@@ -152,7 +152,7 @@ def main(cfg):
     if cfg.peft.startswith("qlora") and (cfg.precompute_ref or cfg.pair_curriculum):
         raise UserError("--peft qlora is compared with its own base in 4 bits, which is made later: leave out --precompute_ref and --pair_curriculum")
     if cfg.loss in REFERENCE_FREE:                           # what the chosen answers' probability is compared with later
-        before = validate(raw, None, val, ctx, autocast, cfg)["val/chosen_logp"]
+        before = validate(raw.to(ctx.device), None, val, ctx, autocast, cfg)["val/chosen_logp"]
     elif cfg.precompute_ref or cfg.pair_curriculum:
         for rows in (train, val):
             pairs.precompute(reference, rows, ctx, autocast, dtype, cfg.batch_size, cfg.ref_cache)
@@ -161,7 +161,7 @@ def main(cfg):
     elif reference is raw:
         reference = copy.deepcopy(raw).requires_grad_(False)
     if cfg.peft:                                             # on top of --init_from, whose own adapter is merged: the reference has it too
-        peft.adapt(raw, cfg, *adapter)
+        peft.adapt(raw, cfg, *adapter).to(ctx.device)
 
     # [shared:engine]
     epochs = 0.0 if cfg.max_steps else cfg.epochs

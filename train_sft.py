@@ -123,12 +123,12 @@ def main(cfg):
     autocast = lambda: dist.autocast(ctx.device, dtype)
     torch.manual_seed(cfg.seed + ctx.rank)                   # ranks draw different dropout masks
     # [/shared]
-    raw, tokenizer, _ = checkpoint.load(cfg.init_from, ctx.device, expect="lm", variants=cfg.variants, plain=True)
+    raw, tokenizer, _ = checkpoint.load(cfg.init_from, ctx.device, expect="lm", variants=cfg.variants, plain=True, mapped=cfg.peft.startswith("qlora"))
     if adapter := peft.read(cfg):
         if not checkpoint.knows_chat(raw, tokenizer):
             print(f"note: {cfg.init_from} has never seen the chat tokens, and adapters leave their embeddings as they are: it may never learn "
                   f"to stop. Train all weights first (no --peft), or use --format raw, whose end it knows", flush=True)
-        peft.adapt(raw, cfg, *adapter)
+        peft.adapt(raw, cfg, *adapter).to(ctx.device)
         cfg.pack &= peft.base_args(raw) is raw.args          # virtual tokens stand in front of each chat: a row of its own
     T = cfg.max_seq_len or raw.args.max_seq_len
     if T > raw.args.max_seq_len:

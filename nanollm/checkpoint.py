@@ -185,9 +185,9 @@ def find(path, skip=""):
     raise UserError(f"{path} holds no checkpoint; give the directory of a finished run, or make the demo's with `bash runs/speedrun.sh`")
 
 
-def read(path, name):
+def read(path, name, mapped=False):
     try:
-        return torch.load(path / name, map_location="cpu", weights_only=True)
+        return torch.load(path / name, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as e:                                    # pickle, zip and torch each have their own
         raise UserError(f"cannot read {path / name}: {type(e).__name__}; the file is damaged, use another checkpoint") from None
 
@@ -206,13 +206,14 @@ def knows_chat(model, tokenizer):
     return bool(apart or logits[tokenizer.end_id] - logits[tokenizer.pad_id] > 0.5)
 
 
-def load(path, device="cpu", expect=None, variants=(), plain=False, merge=True, quantize=""):
+def load(path, device="cpu", expect=None, variants=(), plain=False, merge=True, quantize="", mapped=False):
     """(model, tokenizer, meta) of the checkpoint or run directory at `path`, in eval mode; the model plain, an adapter merged. One that
     cannot be merged, such as a prompt, stays on, or with plain=True is refused; merge=False leaves every adapter on.
 
     expect: "lm", "reward" or "classifier" refuses another head in one sentence, "chat" also a language model that has not been taught to
     end its turn. variants: more than it was trained with, such as have no weights (docs/variants.md). quantize: int8, int4 or nf4,
-    to use it and not to train it on (docs/quantization.md). Strict: every tensor must match by name and shape.
+    to use it and not to train it on (docs/quantization.md). mapped: a plain language model stays in its file, read where it is used, and
+    on the CPU: for qlora, which takes one matrix after the other. Strict: every tensor must match by name and shape.
     """
     path = find(path, skip="training")                       # the largest part, and not read here
     meta = meta_of(path)
@@ -225,15 +226,19 @@ def load(path, device="cpu", expect=None, variants=(), plain=False, merge=True, 
                         f"of {meta['tokenizer_hash'][:8]}); restore the tokenizer directory")
     args = ModelArgs(**meta["model"])
     args.variants += [word for word in variants if word not in args.variants]
-    model = Classifier(build(args), **meta["classifier"]) if meta["head"] == "classifier" else build(args, meta["head"])
-    quant.as_stored(model, meta.get("quantize"), quantize, path)
     config, base, alone = peft.of_meta(meta)
+    mapped, device = mapped and not config, "cpu" if mapped else device
+    with torch.device("meta" if mapped else "cpu"):          # meta: shapes alone, no memory
+        model = Classifier(build(args), **meta["classifier"]) if meta["head"] == "classifier" else build(args, meta["head"])
+    quant.as_stored(model, meta.get("quantize"), quantize, path)
     if alone:
         peft.put_base(model, base, path, load)
     if config:
         peft.add_adapter(model, **config).base = base
     try:
-        peft.load_state_dict(model, read(path, "model.pt"), alone)
+        peft.load_state_dict(model, read(path, "model.pt", mapped), alone, mapped)
+        if mapped and args.tie_embeddings:
+            model.output.weight = model.tok_embeddings.weight
     except RuntimeError as e:
         extra = f" with --variants {' '.join(variants)} added (a trained model takes only variants without weights)" if variants else ""
         raise UserError(f"{path}: the weights do not fit the model that meta.json describes{extra}: {str(e).splitlines()[-1].strip()[:120]}") from None

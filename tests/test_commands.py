@@ -205,9 +205,10 @@ def prepare(command, here):
         rows = [row | {"label": (classifier[2] or "web") if row["label"] == "warm" else "other"} for row in sequence_rows(60)]
         write_jsonl(here / "classes.jsonl", rows)
         train_classify.main(smaller("train_classify", config.parse(train_classify.Config, ["--init_from", "out/base", "--data", "classes.jsonl", "--out_dir", classifier[1]])))
-    if command.endswith("--adapter"):
-        adapted = re.search(r"--init_from (\S+)", command)[1]
-        train_sft.main(smaller("train_sft", config.parse(train_sft.Config, ["--init_from", "out/mine/sft", "--data", "more.jsonl", "--out_dir", adapted, "--peft", "lora"])))
+    adapted = re.search(r"--init_from (\S+) .*--adapter$|--adapters (.+)", command)
+    for run in (adapted[1] or adapted[2]).split() if adapted else []:
+        train_sft.main(smaller("train_sft", config.parse(train_sft.Config, ["--init_from", "out/mine/sft", "--data", "more.jsonl", "--out_dir", run,
+                                                                            "--peft", "prompt" if "prompt" in run else "lora"])))
     if "--mix" in command or "--phases" in command:
         prepare_data.main(["build", "--input", *(f"sources/{name}.jsonl" for name in SOURCES), "--out", "out/mine", "--vocab_size", "512",
                            "--val_fraction", "0.3", "--by_source", "--force"])

@@ -1,6 +1,9 @@
 """Every adapter against its own claims: step 0, counts, who learns, off, merged, swapped, in front of padded and cached text, in checkpoints."""
 import copy
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -392,7 +395,7 @@ def test_one_prompt_for_two_tasks_that_contradict_each_other_is_worse_than_two()
     ({"peft": "lorra"}, "--peft lorra is unknown; did you mean 'lora'"),
     ({"peft": "prompt:k=3"}, "'k=3' is no option; prompt takes n=16"), ({"peft": "lora:r=4"}, "'r=4' is no option; lora takes none and the flags --lora_rank"),
     ({"peft": "prompt:n=x"}, "wants int"), ({"peft": "prompt:n=64"}, "leave room in the context of 64"), ({"peft": "ptuning:network=gru"}, "mlp or lstm"),
-    ({"peft": "adalora:start=nan"}, "start nan"), ({"peft": "adalora:r0=2"}, "r0 2 must be at least r 8"),
+    ({"peft": "adalora:start=nan"}, "start must be a finite number of at least 0, got nan"), ({"peft": "adalora:r0=2"}, "r0 2 must be at least r 8"),
     ({"peft": "adapter:size=0"}, "at least 1"), ({"adapter_only": True}, "without --peft"),
     ({"peft": "prefix", "merge_on_save": True}, "cannot be merged"), ({"peft": "prefix", "activation_checkpointing": True}, "compute twice"),
     ({"peft": "dora", "tp": 2}, "leave --tp out"), ({"peft": "lora", "tp": 2}, "leave --tp out"),
@@ -493,3 +496,52 @@ def test_dpo_ppo_and_a_reward_model_train_an_adapter_beside_the_sft_model(world,
     reward = checkpoint.load(tmp_path / "rm")[0]
     assert logits(reward).shape == IDS.shape
     assert largest_difference({"w": reward.backbone.tok_embeddings.weight}, {"w": tiny_lm().tok_embeddings.weight}) == 0
+
+
+@pytest.mark.parametrize("tied, variants", [(True, []), (False, ["rope_scaling:kind=yarn,factor=4"]), (True, ["sliding_window:window=16"]), (False, ["qkv_bias"]),
+                                            (True, ["gpt2"]), (False, ["moe:n_experts=4"]), (True, ["qk_norm"])])
+def test_a_base_quantised_out_of_its_file_is_the_base_quantised_in_memory(tmp_path, tok, tied, variants):
+    """Bit for bit, before and after the matrices are in 4 bits; a tied matrix stays one, the fingerprint the same, the file untouched and let go."""
+    torch.manual_seed(3)
+    checkpoint.save(tmp_path, 1, build(ModelArgs(**{**SHAPE, "vocab_size": tok.vocab_size, "tie_embeddings": tied, "variants": variants})), tok, "sft", None)
+    file = tmp_path / "step_00000001" / "model.pt"
+    before, (memory, _, _), (mapped, _, _) = file.read_bytes(), checkpoint.load(tmp_path), checkpoint.load(tmp_path, mapped=True)
+    assert torch.equal(logits(mapped), logits(memory)) and (mapped.output.weight is mapped.tok_embeddings.weight) == tied
+    for model in (memory, mapped):
+        torch.manual_seed(4)
+        peft.adapt(model, type("Cfg", (), {"init_from": str(tmp_path)}), "qlora", {"r": 4})
+    assert torch.equal(logits(mapped), logits(memory)) and mapped.adapter.base == memory.adapter.base
+    assert (mapped.output.weight is mapped.tok_embeddings.weight) == tied and trainable(mapped).keys() == trainable(memory).keys()
+    mapped.norm.weight.data.zero_()
+    assert file.read_bytes() == before
+
+
+PEAK = """
+import sys, threading
+import torch
+from nanollm import checkpoint, peft
+from nanollm.model import ModelArgs, Transformer
+def own():                                               # memory that cannot be dropped and read again, MB
+    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) / 1024
+with torch.device("meta"):
+    Transformer(ModelArgs(dim=8, n_heads=1, vocab_size=9))   # what PyTorch imports for this is no weight
+begin, seen, done = own(), [], threading.Event()
+def watch():
+    while not done.wait(0.001):
+        seen.append(own())
+threading.Thread(target=watch).start()
+model = checkpoint.load(sys.argv[1], mapped=sys.argv[2] == "mapped")[0]
+peft.adapt(model, type("Cfg", (), {"init_from": ""}), "qlora", {"r": 8})
+done.set()
+print(max(seen) - begin)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from /proc")
+def test_qlora_never_holds_its_base_in_full_precision(tmp_path, tok):
+    """22 M parameters, 85 MB in fp32: taken out of the file one by one, the memory that is its own stays below that, peak and all (loaded whole it is twice that)."""
+    model = build(ModelArgs(dim=512, n_layers=7, n_heads=8, vocab_size=tok.vocab_size, max_seq_len=64))
+    checkpoint.save(tmp_path, 1, model, tok, "sft", None)
+    full = sum(p.nbytes for p in model.parameters()) / 2**20
+    peak = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path), "mapped"], capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"})
+    assert float(peak.stdout) < 0.8 * full

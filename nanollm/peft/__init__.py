@@ -255,12 +255,15 @@ def fingerprint(model):
 
 def adapt(model, cfg, method, options, base=None):
     """Put on `model` the adapter that --peft names (peft.read); it will know its base, cfg.init_from, by path and hash. base: that plain
-    language model, where `model` is made from it (a reward model)."""
+    language model, where `model` is made from it (a reward model). Returns the model."""
     known = {"path": str(cfg.init_from), "hash": fingerprint(base or model)}
     adapter = add_adapter(model, method, **options)
     adapter.base = known
     if method == "qlora":
         adapter.plain = {}                                   # the whole point: the weights in full precision are gone
+        for p in model.parameters():
+            p.data = p.data.clone()                          # the others' file, too, where they were still in it (checkpoint.load's mapped)
+    return model
 
 
 def to_meta(model, alone):
@@ -286,9 +289,9 @@ def check_base(model, base, path):
                         f"{fingerprint(model)[:8]}…; it fits that model and no other")
 
 
-def load_state_dict(model, state, alone):
-    """A checkpoint's tensors into the model: all of them, or the adapter's alone."""
-    load_adapter_state_dict(model, state) if alone else model.load_state_dict(state)
+def load_state_dict(model, state, alone, assign=False):
+    """A checkpoint's tensors into the model: all of them, or the adapter's alone. assign: the tensors themselves, not their numbers."""
+    load_adapter_state_dict(model, state) if alone else model.load_state_dict(state, assign=assign)
 
 
 def put_base(model, base, path, load):
