@@ -498,8 +498,8 @@ def test_dpo_ppo_and_a_reward_model_train_an_adapter_beside_the_sft_model(world,
     assert largest_difference({"w": reward.backbone.tok_embeddings.weight}, {"w": tiny_lm().tok_embeddings.weight}) == 0
 
 
-@pytest.mark.parametrize("tied, variants", [(True, []), (False, ["rope_scaling:kind=yarn,factor=4"]), (True, ["sliding_window:window=16"]), (False, ["qkv_bias"]),
-                                            (True, ["gpt2"]), (False, ["moe:n_experts=4"]), (True, ["qk_norm"])])
+@pytest.mark.parametrize("tied, variants", [(True, []), (False, ["rope_scaling:kind=yarn,factor=4"]), (True, ["sliding_window:window=16"]),
+                                            (False, ["qkv_bias"]), (True, ["gpt2"]), (False, ["moe:n_experts=4"]), (True, ["qk_norm"])])
 def test_a_base_quantised_out_of_its_file_is_the_base_quantised_in_memory(tmp_path, tok, tied, variants):
     """Bit for bit, before and after the matrices are in 4 bits; a tied matrix stays one, the fingerprint the same, the file untouched and let go."""
     torch.manual_seed(3)
@@ -539,9 +539,10 @@ print(max(seen) - begin)
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from /proc")
 def test_qlora_never_holds_its_base_in_full_precision(tmp_path, tok):
-    """22 M parameters, 85 MB in fp32: taken out of the file one by one, the memory that is its own stays below that, peak and all (loaded whole it is twice that)."""
+    """22 M parameters, 85 MB in fp32: taken out of the file one by one, the process's own memory stays below that (loaded whole it is twice that)."""
     model = build(ModelArgs(dim=512, n_layers=7, n_heads=8, vocab_size=tok.vocab_size, max_seq_len=64))
     checkpoint.save(tmp_path, 1, model, tok, "sft", None)
     full = sum(p.nbytes for p in model.parameters()) / 2**20
-    peak = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path), "mapped"], capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"})
+    peak = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path), "mapped"], capture_output=True, text=True, check=True,     # freed memory goes back at once
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"})
     assert float(peak.stdout) < 0.8 * full
