@@ -229,8 +229,27 @@ def from_hf_config(config):
         raise UserError(f"config.json is not that of a {kind} model: {e!r}") from None
 
 
+def whole(config, key, usual=None, most=2**24, least=1):
+    """The size `key`; None or missing: the usual one. Raises UserError for what is no size: a fraction, true, a word, or beyond any model."""
+    value = usual if config.get(key) is None else config[key]
+    if type(value) is not int or not least <= value <= most:
+        raise UserError(f"config.json: {key} must be a whole number from {least} to {most}, got {value!r}")
+    return value
+
+
+def positive(config, key, usual):
+    value = usual if config.get(key) is None else config[key]
+    if type(value) not in (int, float) or not 0 < value < 1e30:
+        raise UserError(f"config.json: {key} must be a number above 0, got {value!r}")
+    return float(value)
+
+
 def from_llama_config(kind, config):
-    dim, heads, layers, context = (int(config[k]) for k in ("hidden_size", "num_attention_heads", "num_hidden_layers", "max_position_embeddings"))
+    dim, heads, context = (whole(config, k) for k in ("hidden_size", "num_attention_heads", "max_position_embeddings"))
+    layers = whole(config, "num_hidden_layers", most=10_000)
+    for key in ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"):
+        if not isinstance(config.get(key), bool | None):
+            raise UserError(f"config.json: {key} must be true or false, got {config[key]!r}")
     act, output_bias = config.get("hidden_act", "silu"), bool(config.get("attention_bias"))
     window = config.get("sliding_window") if kind != "llama" and config.get("use_sliding_window", kind in ("mistral", "mixtral")) else None
     first = config.get("max_window_layers", 0) if kind in ("qwen2", "qwen3") else 0
@@ -245,25 +264,31 @@ def from_llama_config(kind, config):
     words = {"qwen2": ["qkv_bias"], "qwen3": ["qk_norm"], "llama": ["qkv_bias:output=true"] if output_bias else []}.get(kind, [])
     words += ["geglu"] if act == "gelu" else []
     if kind == "mixtral":
-        top_k, balance = config["num_experts_per_tok"], config.get("router_aux_loss_coef", 0.001)
-        words += [f"moe:n_experts={config['num_local_experts']},top_k={top_k},balance={balance * top_k},hidden_dim={config['intermediate_size']}"]
-    if window and types[0] == "sliding_attention" and window < context:
+        experts, balance = whole(config, "num_local_experts", most=10_000), config.get("router_aux_loss_coef", 0.001)
+        top_k = whole(config, "num_experts_per_tok", most=experts)
+        words += [f"moe:n_experts={experts},top_k={top_k},balance={balance * top_k},hidden_dim={whole(config, 'intermediate_size')}"]
+    if window and types[0] == "sliding_attention" and whole(config, "sliding_window", most=2**31) < context:
         words += [f"sliding_window:window={window},sinks=0"]
     theta, scaling = from_hf_rope(kind, config, context)
     return ModelArgs(
-        dim=dim, n_layers=layers, n_heads=heads, n_kv_heads=int(config.get("num_key_value_heads") or heads), head_dim=int(config.get("head_dim") or 0),
-        vocab_size=int(config["vocab_size"]), hidden_dim=int(config["intermediate_size"]), norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        dim=dim, n_layers=layers, n_heads=heads, n_kv_heads=whole(config, "num_key_value_heads", heads), head_dim=whole(config, "head_dim", 0, least=0),
+        vocab_size=whole(config, "vocab_size"), hidden_dim=whole(config, "intermediate_size"), norm_eps=positive(config, "rms_norm_eps", 1e-6),
         max_seq_len=context, rope_theta=theta, tie_embeddings=bool(config.get("tie_word_embeddings", False)), variants=words + scaling)
 
 
 def from_hf_rope(kind, config, context):
     """(theta, [the word for rope_scaling, if any])."""
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(config.get(key), dict | None):
+            raise UserError(f"config.json: {key} must be a table or null, got {config[key]!r}")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    scaling, theta = rope.get("rope_type") or rope.get("type") or "default", float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    for key in rope.keys() & {"factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"}:
+        positive(rope, key, 1)
+    scaling, theta = rope.get("rope_type") or rope.get("type") or "default", positive(rope, "rope_theta", positive(config, "rope_theta", 10000.0))
     part = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1
     original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
     factor = rope.get("factor") or (original and context / original)
-    odd = sorted(rope.keys() - ROPE)
+    odd, original = sorted(rope.keys() - ROPE), original and whole({"original_max_position_embeddings": original}, "original_max_position_embeddings")
     refuse_unless([
         (scaling in ("default", "linear", "dynamic", "yarn", "llama3"), f"RoPE scaled by {scaling!r}"),
         (factor or scaling not in ("linear", "yarn", "llama3"), f"RoPE scaled by {scaling!r} without a factor"),
@@ -292,9 +317,10 @@ def from_gpt2_config(config):
         (not config.get("scale_attn_by_inverse_layer_idx"), "scores divided by the layer's number"),
         (not config.get("add_cross_attention"), "cross-attention"),
     ], "gpt2")
-    return ModelArgs(dim=int(config["n_embd"]), n_layers=int(config["n_layer"]), n_heads=int(config["n_head"]), vocab_size=int(config["vocab_size"]),
-                     hidden_dim=int(config.get("n_inner") or 0), max_seq_len=int(config.get("n_positions", 1024)),
-                     norm_eps=float(config.get("layer_norm_epsilon", 1e-5)), tie_embeddings=bool(config.get("tie_word_embeddings", True)), variants=["gpt2"])
+    dim = whole(config, "n_embd")
+    return ModelArgs(dim=dim, n_layers=whole(config, "n_layer", most=10_000), n_heads=whole(config, "n_head"), vocab_size=whole(config, "vocab_size"),
+                     hidden_dim=whole(config, "n_inner", 4 * dim) if config.get("n_inner") else 0, max_seq_len=whole(config, "n_positions", 1024),
+                     norm_eps=positive(config, "layer_norm_epsilon", 1e-5), tie_embeddings=bool(config.get("tie_word_embeddings", True)), variants=["gpt2"])
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

@@ -254,10 +254,14 @@ def test_a_table_of_shards_says_what_is_where(tmp_path):
     (dict(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}), "RoPE on 0.5 of each head"),
     (dict(rope_parameters={"rope_type": "yarn", "factor": 2.0, "truncate": False}), "YaRN without rounding"),
     (dict(rope_parameters={"rope_type": "llama3", "factor": 2.0}), "not that of a llama model: KeyError.'low_freq_factor'"),
-    (dict(model_type="gpt2"), "not that of a gpt2 model: KeyError"), (dict(hidden_size="x"), "not that of a llama"),
-    (dict(model_type=["x"]), "model_type .'x'. is none"), (dict(intermediate_size="x"), "not that of a llama"), (dict(rms_norm_eps="x"), "not that of a llama"),
-    (dict(vocab_size=float("inf")), "not that of a llama"),
-    (dict(num_attention_heads=3, head_dim=None), "not that of a llama"), (dict(num_attention_heads=0), "not that of a llama"),
+    (dict(model_type="gpt2"), "n_embd must be a whole number"), (dict(hidden_size="x"), "hidden_size must be a whole number from 1 to 16777216, got 'x'"),
+    (dict(model_type=["x"]), "model_type .'x'. is none"), (dict(intermediate_size=-1), "intermediate_size must be"), (dict(rms_norm_eps="x"), "rms_norm_eps must be a number"),
+    (dict(vocab_size=float("inf")), "vocab_size must be"), (dict(num_hidden_layers=10**30), "num_hidden_layers must be"), (dict(head_dim=1.5), "head_dim must be"),
+    (dict(max_position_embeddings=True), "max_position_embeddings must be"), (dict(rms_norm_eps=float("nan")), "rms_norm_eps must be"),
+    (dict(rope_parameters={"rope_type": "linear", "factor": float("nan")}), "factor must be a number above 0, got nan"), (dict(rope_theta=-1), "rope_theta must be"),
+    (dict(rope_parameters=[1]), "rope_parameters must be a table"), (dict(tie_word_embeddings="no"), "tie_word_embeddings must be true or false, got 'no'"),
+    (dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=5), "num_experts_per_tok must be a whole number from 1 to 4"),
+    (dict(num_attention_heads=3, head_dim=None), "not that of a llama"), (dict(num_attention_heads=0), "num_attention_heads must be"),
 ])
 def test_what_our_model_does_not_compute_is_named(change, says):
     """One sentence that says what differs: reading it as something near would give a model that talks nonsense without an error."""
