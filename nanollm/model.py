@@ -259,7 +259,7 @@ class Transformer(nn.Module):
         self.output = Linear(args.dim, args.vocab_size, bias=False)
         if args.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
-        cos, sin = rope_table(args.head_dim, args.max_seq_len, args.rope_theta, device="cpu")    # there also while the weights are not (checkpoint.load)
+        cos, sin = rope_table(args.head_dim, args.max_seq_len, args.rope_theta)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
         self.mask, self.cache = causal_mask, KVCache          # a variant may put another function and another class here

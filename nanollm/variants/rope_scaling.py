@@ -47,7 +47,6 @@ def rope_scaling(model, kind="yarn", factor=4.0, original=0, context=0, beta_fas
                         "and factor at least 1")
     args.max_seq_len = context or round(original * factor) or args.max_seq_len
     before = original or args.max_seq_len / factor
-    with torch.device("cpu"):                                # as rope_table: there also while the weights are not
-        freq, length = scaled_frequencies(args.head_dim, args.rope_theta, kind, factor, before, beta_fast, beta_slow, attention_factor)
-        angle = torch.outer(torch.arange(args.max_seq_len, dtype=torch.float32), freq).repeat(1, 2)          # (max_seq_len, D)
+    freq, length = scaled_frequencies(args.head_dim, args.rope_theta, kind, factor, before, beta_fast, beta_slow, attention_factor)
+    angle = torch.outer(torch.arange(args.max_seq_len, dtype=torch.float32), freq).repeat(1, 2)              # (max_seq_len, D)
     model.rope_cos, model.rope_sin = angle.cos() * length, angle.sin() * length
