@@ -497,17 +497,24 @@ def program(folder, *words):
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=lambda s: s.name)
 def test_ctrl_c_ends_the_server_at_once_and_in_order(tmp_path, sign):
-    """chat.py --serve with two checkpoints answers; a signal in the middle of a stream ends the stream and the program, with code 0."""
+    """chat.py --serve with two checkpoints answers; a signal in the middle of a stream ends the stream and the program, with code 0 and no
+    traceback, whoever else is connected: one with half a head, one with half a body."""
     with program(tmp_path, "--max_new_tokens", "3000") as (process, address):
         client = openai.OpenAI(base_url=address + "/v1", api_key="none", max_retries=0)
         assert [m.id for m in client.models.list()] == ["a", "b"]
         stream = client.chat.completions.create(model="b", messages=HI, stream=True, temperature=0, extra_body={"repetition_penalty": 1})
         next(stream)
+        half = [socket.create_connection(("127.0.0.1", int(address.rsplit(":")[-1]))) for _ in range(2)]
+        for s, more in zip(half, (b"", b"Content-Type: application/json\r\nContent-Length: 99\r\n\r\n{")):
+            s.sendall(b"POST /api/see HTTP/1.1\r\nHost: localhost\r\n" + more)
+        time.sleep(0.2)
         process.send_signal(sign)
         with pytest.raises(openai.APIError, match="shutting down"):
             list(stream)
         assert process.wait(15) == 0
         assert process.stdout.read().strip() == "stopped"
+        for s in half:
+            s.close()
 
 
 @pytest.mark.slow

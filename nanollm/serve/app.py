@@ -338,6 +338,10 @@ def server_config(app):
             if self.sending:
                 self.sending.cancel()
 
+        def shutdown(self):
+            super().shutdown()
+            self.loop.call_later(1, self.transport.abort)    # who then still sends or does not read is left
+
     return uvicorn.Config(app, http=Protocol, ws="none", log_level="warning", backlog=CONNECTIONS, timeout_graceful_shutdown=5,
                           timeout_keep_alive=HEAD_SECONDS, h11_max_incomplete_event_size=65536)
 
@@ -352,7 +356,7 @@ def serve(loaded, cfg, defaults):
     try:
         sock = socket.create_server((cfg.host, cfg.port), family=socket.AF_INET6 if ":" in cfg.host else socket.AF_INET)
     except (OSError, OverflowError) as e:
-        raise UserError(f"--host {cfg.host} --port {cfg.port}: {e}; choose another --port (0 = any that is free)") from None
+        raise UserError(f"--host {cfg.host} --port {cfg.port}: {e}; choose another --port (0 = any that is free) or --host") from None
     models, engine = named_models(loaded), Engine(cfg.together, cfg.queue)
     machine, port, beyond = socket.gethostname().lower(), sock.getsockname()[1], cfg.host not in ("127.0.0.1", "::1", "localhost")
     names = {"localhost", machine, cfg.host.lower(), *([f"{machine}.local"] if beyond else [])}

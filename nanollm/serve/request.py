@@ -48,7 +48,8 @@ def read_json(body):
     try:
         value = json.loads(body, parse_constant=refuse)
     except (ValueError, RecursionError) as e:
-        raise ApiError(400, f"the request's body is not JSON: {str(e)[:100]}") from None
+        why = "nested too deeply" if isinstance(e, RecursionError) else str(e).partition(";")[0][:100]       # without Python's advice
+        raise ApiError(400, f"the request's body is not JSON: {why}") from None
     if not isinstance(value, dict):
         raise ApiError(400, "the request's body must be a JSON object")
     return {key: v for key, v in value.items() if v is not None}         # clients write null for what they leave out
