@@ -371,11 +371,11 @@ def serve(loaded, cfg, defaults):
         raise KeyboardInterrupt
     signal.signal(signal.SIGTERM, interrupt)                 # uvicorn raises the signal again when all is closed
     address = f"http://{f'[{cfg.host}]' if ':' in cfg.host else cfg.host}:{port}"
-    print(f"serving {', '.join(served.id for served in models)} at {address} (the page) and {address}/v1 (OpenAI's API); Ctrl-C ends", flush=True)
-    if beyond:
-        print(f"warning: not only this machine can reach it, and there is no password; from others: http://{machine}:{port}, http://{machine}.local:{port} "
-              "or the address in numbers", flush=True)
     try:
+        print(f"serving {', '.join(served.id for served in models)} at {address} (the page) and {address}/v1 (OpenAI's API); Ctrl-C ends", flush=True)
+        if beyond:
+            print(f"warning: not only this machine can reach it, and there is no password; from others: http://{machine}:{port}, http://{machine}.local:{port} "
+                  "or the address in numbers", flush=True)
         Server(server_config(app)).run(sockets=[sock])
     except KeyboardInterrupt:
         pass
