@@ -340,7 +340,7 @@ def server_config(app):
 
         def shutdown(self):
             super().shutdown()
-            self.loop.call_later(1, self.transport.abort)    # who then still sends or does not read is left
+            self.loop.call_later(3, self.transport.abort)    # who then still sends or does not read is left
 
     return uvicorn.Config(app, http=Protocol, ws="none", log_level="warning", backlog=CONNECTIONS, timeout_graceful_shutdown=5,
                           timeout_keep_alive=HEAD_SECONDS, h11_max_incomplete_event_size=65536)
