@@ -64,9 +64,12 @@ def stacked(weights, rows):
     if w.numel() < 2**18:
         return lambda x: x @ w.t()
     if rows == 1 and torch.backends.mkl.is_available() and len(w) % threads == 0:
-        # MKL gives one row to one thread; of several products each thread takes one. And memory is read fastest in long runs
-        parts = w.view(threads, -1, w.size(1)).mT                                             # (threads, C, N / threads)
-        parts = parts.contiguous() if parts.size(2) > parts.size(1) else parts
+        parts = w.view(threads, -1, w.size(1)).mT            # (threads, C, N / threads): MKL gives one row to one thread, of several products each gets one
+        if parts.size(2) > parts.size(1):                    # memory is read fastest in long runs
+            runs = torch.empty(parts.shape)
+            for run, part in zip(runs, parts):               # in two dimensions a transposed copy is fast
+                run.copy_(part)
+            parts = runs
         return lambda x: torch.bmm(x.expand(threads, 1, -1), parts).view(1, -1)
     if not ONEDNN:
         return lambda x: x @ w.t()
