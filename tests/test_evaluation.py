@@ -244,6 +244,40 @@ def test_two_checkpoints_are_judged_by_a_rule_and_by_a_reward_model(runs, tok, t
         measure(against=str(tmp_path / "other"), judge="")
 
 
+@pytest.mark.parametrize("task, temperature", [("chat", 0.0), ("chat", 1.0), ("win", 1.0)])
+def test_killed_while_it_answers_a_run_goes_on_where_it_was(runs, tmp_path, monkeypatch, capsys, task, temperature):
+    """Stopped in its third batch, the last line torn: the finished batches are not written again, what is drawn behind them is what would
+    have been drawn, and eval.json is, to the last byte, that of a run that nobody disturbed. Other options or weights begin again."""
+    (tmp_path / "rule.py").write_text("def richer(row, text):\n    return len(set(text))\n", encoding="utf-8")
+    monkeypatch.setattr(checkpoint, "knows_chat", lambda model, tokenizer: True)
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"Say {'more ' * (i % 4)}{i}", "answer": "yes"} for i in range(10)])
+    real, calls, deadly = evaluation.generate_batch, [], 3
+    def batch(*args, **kw):
+        calls.append(1)
+        if len(calls) == deadly:
+            raise KeyboardInterrupt
+        return real(*args, **kw)
+    monkeypatch.setattr(evaluation, "generate_batch", batch)
+    def measure(out, run="sft", **kw):
+        calls.clear()
+        evaluate.main(evaluate.Config(task=task, init_from=str(runs / run), data=[str(tmp_path / "rows.jsonl")], max_new_tokens=6, batch_size=4, device="cpu",
+                                      out=str(tmp_path / out), against=str(runs / "sft"), judge=f"{tmp_path}/rule.py:richer", **{"temperature": temperature} | kw))
+        return (tmp_path / out / "eval.json").read_bytes(), len(calls)
+    with pytest.raises(KeyboardInterrupt):
+        measure("killed")
+    log, batches, deadly = tmp_path / "killed" / f"{task}-rows-{'answers' if task == 'chat' else 'side0'}.jsonl", 3 if task == "chat" else 6, 0
+    assert len(log.read_text(encoding="utf-8").splitlines()) == 3                # the key and two batches
+    log.write_text(log.read_text(encoding="utf-8") + "[8, [[1, 2", encoding="utf-8")
+    (table, asked), whole = measure("killed"), measure("whole")
+    assert "8 of 10 answers stand in" in capsys.readouterr().out
+    assert (table, asked) == (whole[0], batches - 2) and whole[1] == batches and measure("killed") == (table, 0)
+    for kw, again in ((dict(temperature=0.5), batches), (dict(run="pretrain"), 3 if task == "chat" else 6)):
+        assert measure("killed", **kw)[1] == again and "asking from the beginning" in capsys.readouterr().out
+    log.write_text("{torn\n", encoding="utf-8")
+    with pytest.raises(UserError, match="is damaged; delete it"):
+        measure("killed")
+
+
 def test_runs_stand_side_by_side_as_a_table_and_a_picture(runs, tmp_path, capsys):
     """Each task and data set keeps its place in eval.json; --compare shows the numbers with their intervals, stars what is better beyond
     them, says when the texts were different, and draws; a directory without eval.json is one sentence."""
@@ -328,6 +362,16 @@ def test_evaluate_refuses_in_one_sentence_what_it_cannot_measure(runs):
         kw |= {"data": [str(runs / kw["data"])]} if "data" in kw else {}
         with pytest.raises(UserError):
             evaluate.main(evaluate.Config(**kw, device="cpu"))
+
+
+@pytest.mark.parametrize("words", ["--max_new_tokens 0", "--max_new_tokens -3", "--batch_size 0", "--max_rows -1", "--max_tokens -1", "--n_shots -1", "--n_shots 1.5",
+                                   "--temperature nan", "--temperature inf", "--temperature -0.1", "--max_bad nan", "--seed -1", f"--seed {2**64}", "--seed 1e400"])
+def test_a_number_without_meaning_is_one_sentence(runs, capsys, words):
+    """Code 2, the option by its name, and nothing is measured."""
+    with pytest.raises(SystemExit) as stop:
+        evaluate.run(evaluate.main, evaluate.Config, argv=["--init_from", str(runs / "sft"), "--task", "chat", "--data", str(runs / "chats.jsonl"), *words.split()])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and err.startswith("error: ") and words.split()[0] in err and err.count("\n") == 1 and not out
 
 
 def test_the_demo_task_measures_the_whole_road_against_the_worlds_truth(tmp_path, tok, monkeypatch):
