@@ -89,7 +89,8 @@ def unreadable(unread, good, cfg):
     if bad := unread.total():
         print(f"set aside {bad} of {bad + good} documents: {dict(unread)}")
     if not good or bad > cfg.max_bad * (bad + good):
-        raise UserError(f"{bad} of {bad + good} documents cannot be read, more than --max_bad {cfg.max_bad:.0%}: {dict(unread)}")
+        raise UserError(f"{bad} of {bad + good} documents cannot be read, more than --max_bad {cfg.max_bad:.0%}: {dict(unread)}" if bad else
+                        "the files hold no text but blanks")
 
 
 def ppl(cfg, model, tok):
@@ -206,6 +207,8 @@ def win(cfg, model, tok):
         full = [ids + [own.end_id] * ended for ids, ended in answers]
         score, size = rollout.load_reward(cfg.judge, own, player.args.max_seq_len, dist.choose_device(cfg.device), "--judge")[0], cfg.batch_size
         scores.append([s for i in range(0, len(full), size) for s in score(rows[i : i + size], ids[i : i + size], full[i : i + size])])
+    if not np.isfinite(scores).all():
+        raise UserError(f"--judge {cfg.judge} gave a score that is no finite number: nothing can win against that")
     wins = metrics.wins(*scores)
     return metrics.mean(wins, "win_rate") | {
         "n": len(wins), "ties": wins.count(0.5) / len(wins), "mean_score": sum(scores[0]) / len(wins), "mean_score_against": sum(scores[1]) / len(wins),
@@ -227,11 +230,12 @@ def compare(cfg):
 
 
 def main(cfg):
+    scoreboard.open_place(cfg.out or cfg.run_dir * (cfg.task == "demo"))
+    scoreboard.open_place(cfg.lm_eval, "--lm_eval")
     if cfg.compare:
         return compare(cfg)
     if cfg.task not in TASKS:
         raise UserError(f"--task {cfg.task} is unknown; use one of {', '.join(TASKS)}")
-    scoreboard.open_place(cfg.out or cfg.run_dir * (cfg.task == "demo"))
     if cfg.task == "demo":
         result, out = demo.measure(cfg), cfg.out or cfg.run_dir
     else:
@@ -254,15 +258,7 @@ def main(cfg):
         what = f"{cfg.task}/{'+'.join(Path(word).name.rpartition('=')[2] for word in cfg.data)}" + " text" * (cfg.task == "mc" and cfg.score == "text")
         result, out = {what + f" against {Path(cfg.against).name}" * (cfg.task == "win"): result}, cfg.out
     if out:
-        file = Path(out) / "eval.json"
-        Path(out).mkdir(parents=True, exist_ok=True)
-        before, aside = scoreboard.open_place(out), file.with_name("eval.json.tmp")
-        for key in before.keys() & result.keys():
-            if isinstance(before[key], dict) and before[key].get("data_hash") not in (None, result[key].get("data_hash")):
-                print(f"note: {file} had {key} of other data ({before[key].get('data')}); it is replaced")
-        aside.write_text(json.dumps(before | result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        os.replace(aside, file)
-        print(f"wrote {file}")
+        scoreboard.store(out, result)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import csv
 import json
 import math
 from collections import Counter
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -34,6 +35,15 @@ WORDS = {                                 # gap: the space of English belongs to
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
+def rows_of(file):
+    """(cells of the first row without blanks around them, all rows) of a CSV file."""
+    try:
+        rows = [row for row in csv.reader(StringIO(file.read_text(encoding="utf-8-sig"), newline="")) if row]
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise UserError(f"{file} is not a UTF-8 CSV file: {e}") from None
+    return [c.strip() for c in rows[0]] if rows else [], rows
+
+
 def read_choices(path):
     """One CSV file or a directory of them -> [{"question", "options", "answer" (index), "subject" (the file's name), "suite"}].
 
@@ -41,16 +51,12 @@ def read_choices(path):
     columns. Raises UserError, also for C-Eval's test files, whose answers were never published.
     """
     path = Path(path)
-    files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
+    files = [file for file in (sorted(path.glob("*.csv")) if path.is_dir() else [path]) if file.is_file()]
     questions = []
-    if not files or not files[0].exists():
-        raise UserError(f"--data {path}: no .csv file with multiple-choice questions there")
+    if not files:
+        raise UserError(f"{path}: no .csv file with multiple-choice questions there")
     for file in files:
-        try:
-            rows = [row for row in csv.reader(file.read_text(encoding="utf-8-sig").splitlines(True)) if row]
-        except (UnicodeDecodeError, csv.Error) as e:
-            raise UserError(f"{file} is not a UTF-8 CSV file: {e}") from None
-        head = [c.strip() for c in rows[0]] if rows else []
+        head, rows = rows_of(file)
         suite = "cmmlu" if "Question" in head and "A" in head else "ceval" if "question" in head and "A" in head else "mmlu"
         titles = {"cmmlu": ("Question", "Answer"), "ceval": ("question", "answer")}.get(suite)
         if titles and titles[1] not in head:
@@ -64,7 +70,7 @@ def read_choices(path):
                 raise UserError(f"{file} row {line}: wanted a question, two or more options, none of them empty, and the right one's letter")
             questions.append({"question": cells[0], "options": cells[1:-1], "answer": letters.index(cells[-1]), "subject": subject, "suite": suite})
     if not questions:
-        raise UserError(f"--data {path}: the file holds no question")
+        raise UserError(f"{path}: the file holds no question")
     return questions
 
 
@@ -74,8 +80,8 @@ def splits(path):
     path = Path(path)
     for name in ("test", "val"):
         files = sorted((path / name).glob("*.csv"))
-        head = files[0].read_text(encoding="utf-8-sig").partition("\n")[0].split(",") if files else []
-        if files and "question" in head and "answer" not in [c.strip() for c in head]:
+        head = rows_of(files[0])[0] if files else []
+        if "question" in head and "answer" not in head:
             print(f"{path / name} holds no answers (C-Eval has not published them): asking val/ instead", flush=True)
         elif files:
             return path / name, (path / "dev" if (path / "dev").is_dir() else None)

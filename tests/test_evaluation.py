@@ -364,6 +364,33 @@ def test_evaluate_refuses_in_one_sentence_what_it_cannot_measure(runs):
             evaluate.main(evaluate.Config(**kw, device="cpu"))
 
 
+def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_measured(runs, tmp_path, monkeypatch):
+    """A file in place of a directory, in its path, or a directory without permission, for all that is written there."""
+    monkeypatch.setattr(checkpoint, "load", None)
+    (tmp_path / "file").touch()
+    for kw in (dict(out=str(tmp_path / "file")), dict(out=str(tmp_path / "file" / "x")), dict(lm_eval=str(tmp_path / "file")),
+               dict(compare=[str(runs)], out=str(tmp_path / "file"))):
+        with pytest.raises(UserError, match="file is a file; name a directory"):
+            evaluate.main(evaluate.Config(**{"task": "chat", "init_from": str(runs / "sft"), "data": [str(runs / "chats.jsonl")]} | kw))
+    monkeypatch.setattr(scoreboard.os, "access", lambda path, how: False)
+    with pytest.raises(UserError, match="--out .*new: .* must not be written to"):
+        evaluate.main(evaluate.Config(task="demo", out=str(tmp_path / "new")))
+
+
+def test_nothing_left_to_measure_and_a_score_that_is_no_number_are_one_sentence(runs, tmp_path, monkeypatch):
+    """--max_bad 1 allows any share of bad rows, but not that none is left; files of blanks; a judge whose nan would make the model lose everywhere."""
+    monkeypatch.setattr(checkpoint, "knows_chat", lambda model, tokenizer: True)
+    write_jsonl(tmp_path / "none.jsonl", [{"a": 1}])
+    (tmp_path / "blank.txt").write_text(" \n\n", encoding="utf-8")
+    (tmp_path / "rule.py").write_text("def broken(row, text):\n    return float('nan')\n", encoding="utf-8")
+    for says, kw in (("none is left", dict(task="chat", data=["none.jsonl"], max_bad=1.0)), ("none is left", dict(task="win", data=["none.jsonl"], max_bad=1.0)),
+                     ("no text but blanks", dict(task="ppl", data=["blank.txt"])), ("no finite number", dict(task="win", data=[str(runs / "chats.jsonl")]))):
+        kw["data"] = [str(tmp_path / kw["data"][0])]
+        with pytest.raises(UserError, match=says):
+            evaluate.main(evaluate.Config(init_from=str(runs / "sft"), max_new_tokens=4, device="cpu", against=str(runs / "sft"),
+                                          judge=f"{tmp_path}/rule.py:broken", **kw))
+
+
 @pytest.mark.parametrize("words", ["--max_new_tokens 0", "--max_new_tokens -3", "--batch_size 0", "--max_rows -1", "--max_tokens -1", "--n_shots -1", "--n_shots 1.5",
                                    "--temperature nan", "--temperature inf", "--temperature -0.1", "--max_bad nan", "--seed -1", f"--seed {2**64}", "--seed 1e400"])
 def test_a_number_without_meaning_is_one_sentence(runs, capsys, words):
