@@ -280,6 +280,8 @@ def judge(table, cfg):
     torch.set_num_threads(1)                                 # one process a core as it is
     model, tok, _ = load(cfg.path)
     p = probabilities(model, tok, table["text"].to_pylist())
+    if not p.isfinite().all():                               # nan lies below no threshold: all would be kept
+        raise UserError(f"--classifier {cfg.path} gives probabilities that are no numbers: its weights are broken, take another checkpoint")
     quality = p[:, model.labels.index(cfg.label)] if cfg.label else p.amax(1)
     table = columns.with_column(table, "quality", quality.numpy(), pa.float32())
     return columns.with_column(table, "source", [model.labels[i] for i in p.argmax(1).tolist()], pa.string()) if cfg.as_source else table

@@ -43,9 +43,9 @@ def test_the_three_formats_are_read_and_broken_files_named(tmp_path):
     questions = choices.read_choices(tmp_path)
     assert [(q["question"], q["answer"], q["subject"], q["suite"]) for q in questions] == [
         ("One, or two?", 1, "a_b", "cmmlu"), ("Two?", 3, "anatomy", "mmlu"), ("哪一个？", 2, "law", "ceval")]
-    write(tmp_path / "odd.csv", '\ufeffid,question,A,B,C,D,E,answer\r\n0,"a ""b""\n c,\u2028d",1,2,3,4,5,E\r\n')
-    odd = choices.read_choices(tmp_path / "odd.csv")[0]
-    assert odd["question"] == 'a "b"\n c,\u2028d' and (len(odd["options"]), odd["answer"]) == (5, 4)
+    write(tmp_path / "odd.csv", '\ufeffid,question,A,B,C,D,E,answer\r\n0,"a ""b""\n c,\u2028d",1,2,3,4,5,E\r\n1,x\u2028y,1,2,3,4,5,A\r\n')
+    odd, other = choices.read_choices(tmp_path / "odd.csv")
+    assert odd["question"] == 'a "b"\n c,\u2028d' and (len(odd["options"]), odd["answer"]) == (5, 4) and other["question"] == "x\u2028y"
     for text in (CMMLU + "0,Q,1,2,3,4,E\n", CMMLU + "0,Q,1\n", CMMLU + "0,Q,1,,3,4,A\n", CMMLU, "", "id,question,A,B,C,D\n0,Q,1,2,3,4\n"):
         write(tmp_path / "bad.csv", text)
         with pytest.raises(UserError, match="bad.csv"):

@@ -334,6 +334,11 @@ def test_a_judge_that_cannot_judge_is_refused_before_anything_is_read(files, tmp
                         (["--classifier", f"{tmp_path / 'sequence'}:warm", "--scorer", f"{__file__}:score"], "give one of them")):
         with pytest.raises(UserError, match=what):
             score(*out, *words)
+    model, tok, _ = classify.load(str(tmp_path / "sequence"))
+    torch.nn.init.constant_(model.head.weight, float("nan"))
+    checkpoint.save(tmp_path / "broken", 1, model, tok, "classify", None)
+    with pytest.raises(UserError, match="broken gives probabilities that are no numbers"):
+        score(*out, "--classifier", f"{tmp_path / 'broken'}:warm", "--select", "threshold")
 
 
 def test_the_experiment_on_judges_runs_and_keeps_documents_apart(files, tmp_path, capsys):
