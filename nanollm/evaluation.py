@@ -176,7 +176,7 @@ class Done(dict):
                 self.update(lines[1:])
             elif lines:
                 print(f"{log} is of another model or of other questions: asking from the beginning", flush=True)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OSError):
             raise UserError(f"{log} is damaged; delete it and ask again") from None
         self.log.parent.mkdir(parents=True, exist_ok=True)
         aside = self.log.with_name(self.log.name + ".tmp")
