@@ -57,14 +57,16 @@ def read(paths):
 
 
 def open_place(out, flag="--out"):
-    """What the eval.json of a directory holds so far, {} if there is none; UserError, before anything is measured, if the result could not
-    be written there."""
+    """What the eval.json of a directory holds so far, {} if there is none or no directory is named; UserError, before anything is measured,
+    if the result could not be written there."""
+    if not out:
+        return {}
     there = next(p for p in (Path(out), *Path(out).absolute().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f"{flag} {out}: {there} " + ("must not be written to; name another directory" if there.is_dir() else "is a file; name a directory"))
     file = Path(out) / "eval.json"
     try:
-        before = json.loads(file.read_text(encoding="utf-8")) if out and file.exists() else {}
+        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     except ValueError:
         before = None
     if not isinstance(before, dict):

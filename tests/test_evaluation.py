@@ -375,6 +375,7 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_measure
     monkeypatch.setattr(scoreboard.os, "access", lambda path, how: False)
     with pytest.raises(UserError, match="--out .*new: .* must not be written to"):
         evaluate.main(evaluate.Config(task="demo", out=str(tmp_path / "new")))
+    assert scoreboard.open_place("") == {}                   # what writes nothing needs no permission
 
 
 def test_nothing_left_to_measure_and_a_score_that_is_no_number_are_one_sentence(runs, tmp_path, monkeypatch):
