@@ -7,6 +7,7 @@
 """
 import json
 import re
+import string
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
@@ -206,8 +207,9 @@ def entities(tags):
 
 
 def normal(text):
-    """SQuAD's measure of sameness: no case, punctuation or English article; Chinese by character. -> [word, …]"""
-    text = "".join(" " if unicodedata.category(c)[0] in "PZC" else c for c in text.casefold())
+    """SQuAD's measure of sameness (Rajpurkar et al. 2016, section 6.1): no case, punctuation or English article; and for Chinese its own
+    punctuation, and each character for itself. -> [word, …]"""
+    text = "".join(" " if (kind := unicodedata.category(c)[0]) in "ZC" else "" if kind == "P" or c in string.punctuation else c for c in text.lower())
     return [word for word in HAN.sub(lambda m: f" {m[0]} ", text).split() if word not in ("a", "an", "the")]
 
 
