@@ -216,6 +216,8 @@ def test_questions_that_stand_in_the_training_text_are_found_and_others_not():
     covered = contamination.coverage(questions, iter(texts))
     assert covered[0] == covered[40] == 1 and 0 < covered[7] < 1 and covered[41] is None
     assert [i for i, c in enumerate(covered) if c] == [0, 7, 40]
+    half = {"question": "\ud800 " + questions[7]["question"]}                        # of a character, as JSON may hold it
+    assert contamination.coverage([half], texts)[0] > 0.9
 
 
 def test_evaluate_tells_the_score_on_found_and_on_other_questions(tok, tmp_path, capsys):
