@@ -82,7 +82,7 @@ def store(out, result):
             print(f"note: {file} had {key} of other data ({before[key].get('data')}); it is replaced")
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_name("eval.json.tmp")
-    aside.write_text(json.dumps(before | result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    aside.write_text(json.dumps(before | result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", errors="backslashreplace")      # \ud800
     os.replace(aside, file)
     print(f"wrote {file}")
 

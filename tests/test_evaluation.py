@@ -331,6 +331,16 @@ def test_a_place_in_eval_json_is_not_given_to_other_data_silently(runs, world, t
     assert table["ppl/tokens"]["data_hash"] == scoreboard.fingerprint(texts)
 
 
+def test_half_a_character_in_a_row_is_measured_and_stored(runs, tmp_path):
+    """JSON may hold the half of a pair of code units; no file in UTF-8 can. Here it is in a question that stands in the corpus, and so in eval.json."""
+    write_jsonl(tmp_path / "corpus.jsonl", [{"text": text := " ".join(f"word{i}" for i in range(20))}])
+    (tmp_path / "half.jsonl").write_text(json.dumps({"prompt": "\ud800 " + text, "answer": "\udfff"}) + "\n", encoding="utf-8")
+    evaluate.main(evaluate.Config(task="chat", init_from=str(runs / "sft"), data=[str(tmp_path / "half.jsonl")], corpus=[str(tmp_path / "corpus.jsonl")],
+                                  out=str(tmp_path), max_new_tokens=4, device="cpu"))
+    found = json.loads((tmp_path / "eval.json").read_text(encoding="utf-8"))["chat/half.jsonl"]
+    assert found["contamination"]["found"]["n"] == 1 and found["most_found"][0]["question"] == "\ud800 " + text
+
+
 def test_a_chat_row_that_is_longer_than_the_context_is_counted(runs, tmp_path, capsys):
     """One prompt loses its beginning, and two rows a part of their loss: the context of the model has 128 tokens."""
     rows = [{"prompt": "Hi", "answer": "Yes."}, {"prompt": "Hi", "answer": "yes " * 200}, {"prompt": "why " * 200, "answer": "No."}]
