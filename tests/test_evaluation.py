@@ -260,8 +260,9 @@ def test_killed_while_it_answers_a_run_goes_on_where_it_was(runs, tmp_path, monk
     monkeypatch.setattr(evaluation, "generate_batch", batch)
     def measure(out, run="sft", **kw):
         calls.clear()
-        evaluate.main(evaluate.Config(task=task, init_from=str(runs / run), data=[str(tmp_path / "rows.jsonl")], max_new_tokens=6, batch_size=4, device="cpu",
-                                      out=str(tmp_path / out), against=str(runs / "sft"), judge=f"{tmp_path}/rule.py:richer", **{"temperature": temperature} | kw))
+        evaluate.main(evaluate.Config(task=task, init_from=str(runs / run), data=[str(tmp_path / "rows.jsonl")], max_new_tokens=6, batch_size=4,
+                                      out=str(tmp_path / out), against=str(runs / "sft"), judge=f"{tmp_path}/rule.py:richer", device="cpu",
+                                      **{"temperature": temperature} | kw))
         return (tmp_path / out / "eval.json").read_bytes(), len(calls)
     with pytest.raises(KeyboardInterrupt):
         measure("killed")
@@ -333,7 +334,8 @@ def test_a_place_in_eval_json_is_not_given_to_other_data_silently(runs, world, t
 
 def test_half_a_character_in_a_row_is_measured_and_stored(runs, tmp_path):
     """JSON may hold the half of a pair of code units; no file in UTF-8 can. Here it is in a question that stands in the corpus, and so in eval.json."""
-    write_jsonl(tmp_path / "corpus.jsonl", [{"text": text := " ".join(f"word{i}" for i in range(20))}])
+    text = " ".join(f"word{i}" for i in range(20))
+    write_jsonl(tmp_path / "corpus.jsonl", [{"text": text}])
     (tmp_path / "half.jsonl").write_text(json.dumps({"prompt": "\ud800 " + text, "answer": "\udfff"}) + "\n", encoding="utf-8")
     evaluate.main(evaluate.Config(task="chat", init_from=str(runs / "sft"), data=[str(tmp_path / "half.jsonl")], corpus=[str(tmp_path / "corpus.jsonl")],
                                   out=str(tmp_path), max_new_tokens=4, device="cpu"))
@@ -394,7 +396,8 @@ def test_nothing_left_to_measure_and_a_score_that_is_no_number_are_one_sentence(
     write_jsonl(tmp_path / "none.jsonl", [{"a": 1}])
     (tmp_path / "blank.txt").write_text(" \n\n", encoding="utf-8")
     (tmp_path / "rule.py").write_text("def broken(row, text):\n    return float('nan')\n", encoding="utf-8")
-    for says, kw in (("none is left", dict(task="chat", data=["none.jsonl"], max_bad=1.0)), ("none is left", dict(task="win", data=["none.jsonl"], max_bad=1.0)),
+    for says, kw in (("none is left", dict(task="chat", data=["none.jsonl"], max_bad=1.0)),
+                     ("none is left", dict(task="win", data=["none.jsonl"], max_bad=1.0)),
                      ("no text but blanks", dict(task="ppl", data=["blank.txt"])), ("no finite number", dict(task="win", data=[str(runs / "chats.jsonl")]))):
         kw["data"] = [str(tmp_path / kw["data"][0])]
         with pytest.raises(UserError, match=says):
@@ -402,12 +405,13 @@ def test_nothing_left_to_measure_and_a_score_that_is_no_number_are_one_sentence(
                                           judge=f"{tmp_path}/rule.py:broken", **kw))
 
 
-@pytest.mark.parametrize("words", ["--max_new_tokens 0", "--max_new_tokens -3", "--batch_size 0", "--max_rows -1", "--max_tokens -1", "--n_shots -1", "--n_shots 1.5",
-                                   "--temperature nan", "--temperature inf", "--temperature -0.1", "--max_bad nan", "--seed -1", f"--seed {2**64}", "--seed 1e400"])
+@pytest.mark.parametrize("words", ["--max_new_tokens 0", "--max_new_tokens -3", "--batch_size 0", "--max_rows -1", "--max_tokens -1", "--n_shots -1",
+                                   "--n_shots 1.5", "--temperature nan", "--temperature inf", "--temperature -0.1", "--max_bad nan", "--seed -1", f"--seed {2**64}", "--seed 1e400"])
 def test_a_number_without_meaning_is_one_sentence(runs, capsys, words):
     """Code 2, the option by its name, and nothing is measured."""
     with pytest.raises(SystemExit) as stop:
-        evaluate.run(evaluate.main, evaluate.Config, argv=["--init_from", str(runs / "sft"), "--task", "chat", "--data", str(runs / "chats.jsonl"), *words.split()])
+        argv = ["--init_from", str(runs / "sft"), "--task", "chat", "--data", str(runs / "chats.jsonl"), *words.split()]
+        evaluate.run(evaluate.main, evaluate.Config, argv=argv)
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and err.startswith("error: ") and words.split()[0] in err and err.count("\n") == 1 and not out
 
