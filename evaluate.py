@@ -46,19 +46,20 @@ class Config:
     judge: str = arg("", "win: a reward model's directory, or FILE.py:function(row, text) -> number")
     max_rows: int = arg(0, "only the first so many rows (ppl: documents of each domain); 0 = all", unit="rows")
     temperature: float = arg(0.0, "chat, win: 0 is greedy; then two runs agree whatever the seed")
-    max_new_tokens: int = arg(160, "chat, win and demo: longest answer (the demo's longest has 156)", unit="tokens")
+    max_new_tokens: int = arg(160, "chat, win and demo: longest answer (the demo's longest has 156)", unit="tokens", least=1)
     batch_size: int = arg(64, "answers written at once", least=1)
     seed: int = arg(0, "of everything sampled")
     max_bad: float = arg(0.1, "share of unusable rows above which a file is refused")
     run_dir: str = arg("out/demo", "demo: the directory with raw/, tokens/, pretrain/, sft/, rm/ and dpo/ in it")
     compare: list = arg([], "runs (directories with an eval.json) to put side by side, as a table and, with --out, a picture")
-    out: str = arg("", "directory for eval.json (mc: also for what is needed to go on after a kill); empty = nowhere (demo: run_dir)")
+    out: str = arg("", "directory for eval.json (mc, chat, win: also for what is needed to go on after a kill); empty = nowhere (demo: run_dir)")
     quantize: str = arg("", "int8, int4 or nf4: weights in so many bits (docs/quantization.md); empty = as they are")
     device: str = arg("auto", "auto, cpu, cuda, cuda:N, mps")
 
 
-def some(rows, cfg):
-    return rows[: cfg.max_rows or None]
+def log_of(cfg, what):
+    """The file beside eval.json from which the same command goes on after a kill, or None."""
+    return Path(cfg.out) / f"{cfg.task}-{Path(cfg.data[0]).stem}-{what}.jsonl" if cfg.out else None
 
 
 def holds_tokens(word):
@@ -88,7 +89,8 @@ def unreadable(unread, good, cfg):
     if bad := unread.total():
         print(f"set aside {bad} of {bad + good} documents: {dict(unread)}")
     if not good or bad > cfg.max_bad * (bad + good):
-        raise UserError(f"{bad} of {bad + good} documents cannot be read, more than --max_bad {cfg.max_bad:.0%}: {dict(unread)}")
+        raise UserError(f"{bad} of {bad + good} documents cannot be read, more than --max_bad {cfg.max_bad:.0%}: {dict(unread)}" if bad else
+                        "the files hold no text but blanks")
 
 
 def ppl(cfg, model, tok):
@@ -125,12 +127,11 @@ def mc(cfg, model, tok, stage):
     chat = cfg.template == "chat" or (cfg.template == "auto" and cfg.score == "text" and stage != "pretrain")
     if chat and cfg.shots:
         raise UserError("--shots: the chat template shows no solved examples; leave them out, or take --template plain")
-    questions, solved = some(choices.read_choices(path), cfg), choices.read_choices(cfg.shots or shots) if cfg.shots or shots else ()
+    questions, solved = choices.read_choices(path)[: cfg.max_rows or None], choices.read_choices(cfg.shots or shots) if cfg.shots or shots else ()
     if cfg.lm_eval:
         n = choices.write_lm_eval(cfg.lm_eval, Path(cfg.data[0]).stem, tok, questions, solved, cfg.score, cfg.n_shots, model.args.max_seq_len)
         print(f"wrote {n} questions (plain template) for lm-evaluation-harness to {cfg.lm_eval}")
-    log = Path(cfg.out) / f"mc-{Path(cfg.data[0]).stem}-{cfg.score}.jsonl" if cfg.out else None
-    found = choices.multiple_choice(model, tok, questions, solved, cfg.score, chat, cfg.n_shots, log)
+    found = choices.multiple_choice(model, tok, questions, solved, cfg.score, chat, cfg.n_shots, log_of(cfg, cfg.score))
     if found["truncated"] or found["unscored"]:
         print(f"note: the context of {model.args.max_seq_len} tokens is too short: {found['truncated']} of {len(questions)} prompts lost their "
               f"beginning, {found['unscored']} questions with a longer option could not be asked and are left out")
@@ -163,9 +164,9 @@ def chat(cfg, model, tok):
         except ValueError as e:
             bad.append((where, str(e), str(row)[:200]))
     report_bad(bad, len(rows) + len(bad), None, cfg.max_bad)
-    rows, messages = some(rows, cfg), some(messages, cfg)
+    rows, messages = rows[: cfg.max_rows or None], messages[: cfg.max_rows or None]
     prompts, size = [render(tok, m[:-1], add_generation_prompt=True)[0] for m in messages], model.args.max_seq_len
-    replies = evaluation.answers(model, tok, [m[:-1] for m in messages], cfg.max_new_tokens, cfg.temperature, cfg.seed, cfg.batch_size)
+    replies = evaluation.answers(model, tok, [m[:-1] for m in messages], cfg.max_new_tokens, cfg.temperature, cfg.seed, cfg.batch_size, log_of(cfg, "answers"))
     wanted = [m[-1]["content"] for m in messages]
     reference = {id(row): text.strip() for row, text in zip(rows, wanted)}
 
@@ -194,17 +195,20 @@ def win(cfg, model, tok):
     if not cfg.against or not cfg.judge:
         raise UserError("--task win needs --against CHECKPOINT and --judge (a reward model's directory or FILE.py:function)")
     sides = [(model, tok), checkpoint.load(cfg.against, dist.choose_device(cfg.device), "chat")[:2]]
-    kept, scores = some(read_rows(cfg.data, max_bad=cfg.max_bad), cfg), []
+    kept, scores = read_rows(cfg.data, max_bad=cfg.max_bad)[: cfg.max_rows or None], []
     asked = [rollout.PromptRows(kept, own, player.args.max_seq_len - cfg.max_new_tokens, max_bad=cfg.max_bad) for player, own in sides]
     fit = {id(row) for row in asked[0].rows} & {id(row) for row in asked[1].rows}            # a prompt must fit into both contexts
     if not fit:
         raise UserError(f"--data {' '.join(cfg.data)}: no prompt fits into the contexts of both models")
-    for seed, ((player, own), prompts) in enumerate(zip(sides, asked), cfg.seed):
+    for side, ((player, own), prompts) in enumerate(zip(sides, asked)):
         rows, ids = zip(*((row, ids) for row, ids in zip(prompts.rows, prompts.ids) if id(row) in fit))
-        answers = evaluation.answer_ids(player, own, ids, cfg.max_new_tokens, cfg.temperature, seed, cfg.batch_size)
+        answers = evaluation.answer_ids(player, own, ids, cfg.max_new_tokens, cfg.temperature, cfg.seed + side, cfg.batch_size,
+                                        log_of(cfg, f"side{side}"))
         full = [ids + [own.end_id] * ended for ids, ended in answers]
         score, size = rollout.load_reward(cfg.judge, own, player.args.max_seq_len, dist.choose_device(cfg.device), "--judge")[0], cfg.batch_size
         scores.append([s for i in range(0, len(full), size) for s in score(rows[i : i + size], ids[i : i + size], full[i : i + size])])
+    if not np.isfinite(scores).all():
+        raise UserError(f"--judge {cfg.judge} gave a score that is no finite number: nothing can win against that")
     wins = metrics.wins(*scores)
     return metrics.mean(wins, "win_rate") | {
         "n": len(wins), "ties": wins.count(0.5) / len(wins), "mean_score": sum(scores[0]) / len(wins), "mean_score_against": sum(scores[1]) / len(wins),
@@ -226,11 +230,12 @@ def compare(cfg):
 
 
 def main(cfg):
+    scoreboard.open_place(cfg.out or cfg.run_dir * (cfg.task == "demo"))
+    scoreboard.open_place(cfg.lm_eval, "--lm_eval")
     if cfg.compare:
         return compare(cfg)
     if cfg.task not in TASKS:
         raise UserError(f"--task {cfg.task} is unknown; use one of {', '.join(TASKS)}")
-    scoreboard.open_place(cfg.out or cfg.run_dir * (cfg.task == "demo"))
     if cfg.task == "demo":
         result, out = demo.measure(cfg), cfg.out or cfg.run_dir
     else:
@@ -244,7 +249,7 @@ def main(cfg):
         model, tok, meta = checkpoint.load(cfg.init_from, dist.choose_device(cfg.device), expect, quantize=cfg.quantize)
         if cfg.task == "rm":
             pairs = PreferenceRows(read_rows(cfg.data, max_bad=cfg.max_bad), tok, model.args.max_seq_len, max_bad=cfg.max_bad)
-            pairs.pairs = some(pairs.pairs, cfg)
+            pairs.pairs = pairs.pairs[: cfg.max_rows or None]
             result = evaluation.rm_accuracy(model, pairs) | {"data_hash": scoreboard.fingerprint([tok.decode(ids) for ids in pair] for pair in pairs.pairs)}
         else:
             result = mc(cfg, model, tok, meta["stage"]) if cfg.task == "mc" else {"ppl": ppl, "chat": chat, "win": win}[cfg.task](cfg, model, tok)
@@ -253,15 +258,7 @@ def main(cfg):
         what = f"{cfg.task}/{'+'.join(Path(word).name.rpartition('=')[2] for word in cfg.data)}" + " text" * (cfg.task == "mc" and cfg.score == "text")
         result, out = {what + f" against {Path(cfg.against).name}" * (cfg.task == "win"): result}, cfg.out
     if out:
-        file = Path(out) / "eval.json"
-        Path(out).mkdir(parents=True, exist_ok=True)
-        before, aside = scoreboard.open_place(out), file.with_name("eval.json.tmp")
-        for key in before.keys() & result.keys():
-            if isinstance(before[key], dict) and before[key].get("data_hash") not in (None, result[key].get("data_hash")):
-                print(f"note: {file} had {key} of other data ({before[key].get('data')}); it is replaced")
-        aside.write_text(json.dumps(before | result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        os.replace(aside, file)
-        print(f"wrote {file}")
+        scoreboard.store(out, result)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,10 @@ interval in which 95 % of such tests would fall, and with the share of each lett
 says B from one that guesses.
 """
 import csv
-import hashlib
 import json
 import math
-import os
 from collections import Counter
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ import torch
 from nanollm import metrics
 from nanollm.config import UserError
 from nanollm.corpus.io import progress
-from nanollm.evaluation import continuation_losses
+from nanollm.evaluation import Done, continuation_losses
 from nanollm.subjects import SUBJECTS
 from nanollm.tokenizer import render
 
@@ -36,6 +35,15 @@ WORDS = {                                 # gap: the space of English belongs to
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
+def rows_of(file):
+    """(cells of the first row without blanks around them, all rows) of a CSV file."""
+    try:
+        rows = [row for row in csv.reader(StringIO(file.read_text(encoding="utf-8-sig"), newline="")) if row]
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise UserError(f"{file} is not a UTF-8 CSV file: {e}") from None
+    return [c.strip() for c in rows[0]] if rows else [], rows
+
+
 def read_choices(path):
     """One CSV file or a directory of them -> [{"question", "options", "answer" (index), "subject" (the file's name), "suite"}].
 
@@ -43,16 +51,12 @@ def read_choices(path):
     columns. Raises UserError, also for C-Eval's test files, whose answers were never published.
     """
     path = Path(path)
-    files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
+    files = [file for file in (sorted(path.glob("*.csv")) if path.is_dir() else [path]) if file.is_file()]
     questions = []
-    if not files or not files[0].exists():
-        raise UserError(f"--data {path}: no .csv file with multiple-choice questions there")
+    if not files:
+        raise UserError(f"{path}: no .csv file with multiple-choice questions there")
     for file in files:
-        try:
-            rows = [row for row in csv.reader(file.read_text(encoding="utf-8-sig").splitlines(True)) if row]
-        except (UnicodeDecodeError, csv.Error) as e:
-            raise UserError(f"{file} is not a UTF-8 CSV file: {e}") from None
-        head = [c.strip() for c in rows[0]] if rows else []
+        head, rows = rows_of(file)
         suite = "cmmlu" if "Question" in head and "A" in head else "ceval" if "question" in head and "A" in head else "mmlu"
         titles = {"cmmlu": ("Question", "Answer"), "ceval": ("question", "answer")}.get(suite)
         if titles and titles[1] not in head:
@@ -66,7 +70,7 @@ def read_choices(path):
                 raise UserError(f"{file} row {line}: wanted a question, two or more options, none of them empty, and the right one's letter")
             questions.append({"question": cells[0], "options": cells[1:-1], "answer": letters.index(cells[-1]), "subject": subject, "suite": suite})
     if not questions:
-        raise UserError(f"--data {path}: the file holds no question")
+        raise UserError(f"{path}: the file holds no question")
     return questions
 
 
@@ -76,8 +80,8 @@ def splits(path):
     path = Path(path)
     for name in ("test", "val"):
         files = sorted((path / name).glob("*.csv"))
-        head = files[0].read_text(encoding="utf-8-sig").partition("\n")[0].split(",") if files else []
-        if files and "question" in head and "answer" not in [c.strip() for c in head]:
+        head = rows_of(files[0])[0] if files else []
+        if "question" in head and "answer" not in head:
             print(f"{path / name} holds no answers (C-Eval has not published them): asking val/ instead", flush=True)
         elif files:
             return path / name, (path / "dev" if (path / "dev").is_dir() else None)
@@ -140,53 +144,22 @@ def prompt_of(tok, q, shots, score, chat, n_shots, max_seq_len):
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
 
-def weights_hash(model):
-    """blake2b of all parameters and kinds of layers: a changed (or a quantised) model must not go on from another one's scores."""
-    total = hashlib.blake2b(str(model).encode(), digest_size=16)
-    for name, p in sorted(model.state_dict().items()):
-        total.update(name.encode() + p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
-
-
-def remembered(log, key):
-    """The parts that an earlier run under this key has left in the file `log`, in order; a torn last line (a kill) is dropped.
-    The file then holds the key and these parts, and is ready to be appended to."""
-    lines = log.read_text(encoding="utf-8").split("\n")[:-1] if log.exists() else []          # what stands behind the last line end is torn
-    known = lines[:1] == [json.dumps({"key": key})]
-    try:
-        parts = [json.loads(line) for line in lines[1:]] if known else []
-    except ValueError:
-        raise UserError(f"{log} is damaged; delete it and ask again") from None
-    if lines and not known:
-        print(f"{log} is of another model or of other questions: asking from the beginning", flush=True)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    aside = log.with_name(log.name + ".tmp")
-    aside.write_text("".join(json.dumps(row) + "\n" for row in [{"key": key}, *parts]), encoding="utf-8")
-    os.replace(aside, log)
-    return parts
-
-
 def log_likelihoods(model, prompts, log=None):
     """[prompt_of(…)] -> for each [log p of each option]. log: a file in which every part of 64 questions is written down when it
     is done, so that a killed run goes on there; parts and batches do not depend on the kill, so neither does any bit of the result."""
-    asked = [list(zip(p["contexts"], p["options"])) for p in prompts]
-    done = []
-    if log:
-        log, key = Path(log), hashlib.blake2b((weights_hash(model) + json.dumps(asked)).encode(), digest_size=16).hexdigest()
-        done = remembered(log, key)
-        if done:
-            print(f"{min(len(done) * PART, len(asked))} of {len(asked)} questions are answered in {log}", flush=True)
-    scores = [row for part in done for row in part]
-    for start in progress(range(len(scores), len(asked), PART), desc="questions", unit=f" x {PART}"):
-        part = asked[start : start + PART]
-        losses = iter(continuation_losses(model, [pair for pairs in part for pair in pairs]))
-        new = [[-next(losses).sum().item() for _ in pairs] for pairs in part]
-        if not all(math.isfinite(x) for row in new for x in row):
-            raise UserError("the model gives an option a probability that is no number: its weights are broken, take another checkpoint")
-        if log:
-            with open(log, "a", encoding="utf-8") as f:
-                f.write(json.dumps(new) + "\n")
-        scores += new
+    asked, scores = [list(zip(p["contexts"], p["options"])) for p in prompts], []
+    done = Done(log, model, asked)
+    if done:
+        print(f"{min(len(done) * PART, len(asked))} of {len(asked)} questions are answered in {log}", flush=True)
+    for start in progress(range(0, len(asked), PART), desc="questions", unit=f" x {PART}"):
+        if start not in done:
+            part = asked[start : start + PART]
+            losses = iter(continuation_losses(model, [pair for pairs in part for pair in pairs]))
+            new = [[-next(losses).sum().item() for _ in pairs] for pairs in part]
+            if not all(math.isfinite(x) for row in new for x in row):
+                raise UserError("the model gives an option a probability that is no number: its weights are broken, take another checkpoint")
+            done[start] = new
+        scores += done[start]
     return scores
 
 

@@ -7,6 +7,7 @@
 """
 import json
 import re
+import string
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
@@ -206,8 +207,9 @@ def entities(tags):
 
 
 def normal(text):
-    """SQuAD's measure of sameness: no case, punctuation or English article; Chinese by character. -> [word, …]"""
-    text = "".join(" " if unicodedata.category(c)[0] in "PZC" else c for c in text.casefold())
+    """SQuAD's measure of sameness (Rajpurkar et al. 2016, section 6.1): no case, punctuation or English article; and for Chinese its own
+    punctuation, and each character for itself. -> [word, …]"""
+    text = "".join(" " if (kind := unicodedata.category(c)[0]) in "ZC" else "" if kind == "P" or c in string.punctuation else c for c in text.lower())
     return [word for word in HAN.sub(lambda m: f" {m[0]} ", text).split() if word not in ("a", "an", "the")]
 
 
@@ -280,6 +282,8 @@ def judge(table, cfg):
     torch.set_num_threads(1)                                 # one process a core as it is
     model, tok, _ = load(cfg.path)
     p = probabilities(model, tok, table["text"].to_pylist())
+    if not p.isfinite().all():                               # nan lies below no threshold: all would be kept
+        raise UserError(f"--classifier {cfg.path} gives probabilities that are no numbers: its weights are broken, take another checkpoint")
     quality = p[:, model.labels.index(cfg.label)] if cfg.label else p.amax(1)
     table = columns.with_column(table, "quality", quality.numpy(), pa.float32())
     return columns.with_column(table, "source", [model.labels[i] for i in p.argmax(1).tolist()], pa.string()) if cfg.as_source else table

@@ -128,8 +128,8 @@ def parse(cls, argv):
     merged |= {k: convert(k, v, defaults[k], "command line") for k, v in given.items()}
     for key, value in merged.items():
         least = fields[key].metadata.get("least", 0)
-        if isinstance(value, (int, float)) and not least <= value < math.inf:
-            raise UserError(f"--{key} {value}: wants a finite number of at least {least}")
+        if isinstance(value, (int, float)) and not least <= value < (2**63 if isinstance(value, int) else math.inf):
+            raise UserError(f"--{key} {value}: wants a finite number of at least {least}" + " and less than 2^63" * (isinstance(value, int) and value > least))
     return cls(**merged)
 
 

@@ -21,6 +21,7 @@ def coverage(questions, texts, n=13):
     options; a copied question alone has less, a chance phrase some percent (docs/decontamination.md).
     """
     lines = [json.dumps({"question": q["question"], "options": q.get("options", [])}, ensure_ascii=False) for q in questions]
+    lines = [line.encode("utf-8", "replace").decode() for line in lines]         # JSON can hold half a character, a file cannot
     first = {line: i for i, line in reversed(list(enumerate(lines)))}            # equal questions are one item of the index
     with tempfile.TemporaryDirectory() as folder:
         source, path, counts = Path(folder, "items.jsonl"), str(Path(folder, "index.npz")), str(Path(folder, "counts.npy"))

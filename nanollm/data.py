@@ -323,7 +323,7 @@ def read_rows(paths, out_dir=None, max_bad=0.1):
 
 def report_bad(bad, total, out_dir, max_bad):
     """Say how many rows are set aside for which reason, with an example of each, write all to quarantine.jsonl, stop above the
-    allowed share."""
+    allowed share and where none is left."""
     if not bad:
         return
     print(f"set aside {len(bad)} of {total} rows:", flush=True)
@@ -340,9 +340,9 @@ def report_bad(bad, total, out_dir, max_bad):
         known = set(path.read_text(encoding="utf-8").splitlines()) if path.exists() else set()
         with open(path, "a", encoding="utf-8", errors="backslashreplace") as f:     # a resumed run sets the same rows aside again
             f.writelines(line + "\n" for line in lines if line not in known)
-    if len(bad) > max_bad * total:
-        raise UserError(f"{len(bad)} of {total} rows cannot be used, more than --max_bad {max_bad:.0%}; the first: "
-                        f"{bad[0][0]}: {bad[0][1]}")
+    if len(bad) > max_bad * total or len(bad) == total:
+        raise UserError(f"{len(bad)} of {total} rows cannot be used, " + (f"more than --max_bad {max_bad:.0%}" if max_bad < 1 else "none is left")
+                        + f"; the first: {bad[0][0]}: {bad[0][1]}")
 
 
 ROLES = {"human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "assistant": "assistant", "bot": "assistant",

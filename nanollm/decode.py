@@ -64,9 +64,12 @@ def stacked(weights, rows):
     if w.numel() < 2**18:
         return lambda x: x @ w.t()
     if rows == 1 and torch.backends.mkl.is_available() and len(w) % threads == 0:
-        # MKL gives one row to one thread; of several products each thread takes one. And memory is read fastest in long runs
-        parts = w.view(threads, -1, w.size(1)).mT                                             # (threads, C, N / threads)
-        parts = parts.contiguous() if parts.size(2) > parts.size(1) else parts
+        parts = w.view(threads, -1, w.size(1)).mT            # (threads, C, N / threads): MKL gives one row to one thread, of several products each gets one
+        if parts.size(2) > parts.size(1):                    # memory is read fastest in long runs
+            runs = torch.empty(parts.shape)
+            for run, part in zip(runs, parts):               # in two dimensions a transposed copy is fast
+                run.copy_(part)
+            parts = runs
         return lambda x: torch.bmm(x.expand(threads, 1, -1), parts).view(1, -1)
     if not ONEDNN:
         return lambda x: x @ w.t()
@@ -135,13 +138,19 @@ def cache_for(model, room):
 KEPT = weakref.WeakKeyDictionary()                                # model -> what its weights were, and the Decoder made of them
 
 
+def mark(w):
+    """a^T w b with unequal numbers in a and b: it tells whether weights have changed. A sum would not see another order, a norm no other sign, and
+    a version counter is raised neither by a fused optimizer nor by a write through .data."""
+    w = w.detach().flatten(0, -2) if w.dim() > 1 else w.detach()[None]
+    return torch.linspace(1, 2, w.size(0)) @ (w @ torch.linspace(1, 2, w.size(1)))
+
+
 def decoder(model, rows):
-    """For one text at a time (a chat) the last one is kept while the weights are what they were: to copy 28 M takes as long as 7 tokens.
-    Their norms tell; a version counter would not: neither a fused optimizer nor a write through .data raises it."""
+    """For one text at a time (a chat) the last one is kept while the weights are what they were: to copy 28 M takes as long as 7 tokens."""
     if rows != 1:
         return Decoder(model, rows)
-    parameters = [p.detach() for p in model.parameters()]
-    weights = [p.data_ptr() for p in parameters], torch.stack(torch._foreach_norm(parameters)).tolist()
+    tensors = [model.rope_cos, model.rope_sin, *model.parameters()]
+    weights = [w.data_ptr() for w in tensors], torch.stack([mark(w) for w in tensors]).tolist()
     if KEPT.get(model, [None])[0] != weights:
         KEPT[model] = weights, Decoder(model, rows)
     return KEPT[model][1]

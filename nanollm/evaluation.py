@@ -5,8 +5,12 @@ Every function takes a model and plain data and returns plain numbers; nothing i
 give the same table. Log-probabilities are in nats unless a name says bits.
 """
 import collections
+import hashlib
 import itertools
+import json
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -146,6 +150,46 @@ def loss_by_kind(model, tok, texts, parse):
             for kind, k in kinds.items()}
 
 
+# ---------------------------------------------------------------------------------------------------- a killed run
+
+def weights_hash(model):
+    """blake2b of all parameters, sizes and kinds of layers: a changed (or a quantised) model must not go on from another one's scores."""
+    total = hashlib.blake2b(f"{model.args} {model}".encode(), digest_size=16)
+    for name, p in sorted(model.state_dict().items()):
+        total.update(name.encode() + p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+class Done(dict):
+    """{number of a part: its result (JSON)}, kept in the file `log` as well (None: nowhere), a line a part, so that a killed run goes on
+    behind its last one. Found are the parts that were done with the same weights and the same `work` (JSON: whatever the results depend on);
+    a torn last line is dropped, and a file of anything else begun anew."""
+
+    def __init__(self, log, model, work):
+        self.log = Path(log) if log else None
+        if not log:
+            return
+        key = hashlib.blake2b((weights_hash(model) + json.dumps(work)).encode(), digest_size=16).hexdigest()
+        try:
+            lines = [json.loads(line) for line in self.log.read_text(encoding="utf-8").split("\n")[:-1]] if self.log.exists() else []
+            if lines[:1] == [{"key": key}]:
+                self.update(lines[1:])
+            elif lines:
+                print(f"{log} is of another model or of other questions: asking from the beginning", flush=True)
+        except (ValueError, TypeError, OSError):
+            raise UserError(f"{log} is damaged; delete it and ask again") from None
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        aside = self.log.with_name(self.log.name + ".tmp")
+        aside.write_text("".join(json.dumps(line) + "\n" for line in [{"key": key}, *self.items()]), encoding="utf-8")
+        os.replace(aside, self.log)
+
+    def __setitem__(self, number, result):
+        super().__setitem__(number, result)
+        if self.log:
+            with open(self.log, "a", encoding="utf-8") as f:
+                f.write(json.dumps([number, result]) + "\n")
+
+
 # ---------------------------------------------------------------------------------------------------- generation
 
 def answers(model, tok, prompts, *args, **options):
@@ -155,18 +199,25 @@ def answers(model, tok, prompts, *args, **options):
     return [(tok.decode(answer), ended) for answer, ended in answer_ids(model, tok, ids, *args, **options)]
 
 
-def answer_ids(model, tok, ids, max_new_tokens=128, temperature=0.0, seed=0, batch_size=64, **sampling):
+def answer_ids(model, tok, ids, max_new_tokens=128, temperature=0.0, seed=0, batch_size=64, log=None, **sampling):
     """[(new ids without the end token, whether it ended by itself)] after each prompt (a list of ids). temperature 0 is greedy;
-    otherwise the same seed gives the same answers."""
+    otherwise the same seed gives the same answers. log: a file from which a killed run goes on, batch by batch (see Done)."""
     was_training, out = model.training, [None] * len(ids)
     model.eval()
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))           # like lengths together: little padding
+    done = Done(log, model, [ids, max_new_tokens, temperature, seed, batch_size, sampling, tok.stop_ids, str(generator.device)])
+    if done:
+        print(f"{min(len(done) * batch_size, len(ids))} of {len(ids)} answers stand in {log}", flush=True)
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
-        new, stopped = generate_batch(model, [ids[i] for i in part], max_new_tokens, tok.pad_id, stop_ids=tok.stop_ids,
-                                      generator=generator, temperature=temperature, **sampling)
-        for i, answer, ended in zip(part, new, stopped):
+        if start in done:
+            generator.set_state(torch.tensor(list(bytes.fromhex(done[start][2])), dtype=torch.uint8))
+        else:
+            new, stopped = generate_batch(model, [ids[i] for i in part], max_new_tokens, tok.pad_id, stop_ids=tok.stop_ids,
+                                          generator=generator, temperature=temperature, **sampling)
+            done[start] = [new, stopped, bytes(generator.get_state().tolist()).hex()]         # so that the next batch draws what it would have drawn
+        for i, answer, ended in zip(part, *done[start][:2]):
             out[i] = (answer, ended)
     model.train(was_training)
     return out

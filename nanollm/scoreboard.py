@@ -1,6 +1,7 @@
 """Tables for reading: one result in the terminal, and several runs' eval.json side by side, with a picture (evaluate.py --compare)."""
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from nanollm.config import UserError
@@ -55,19 +56,35 @@ def read(paths):
     return runs
 
 
-def open_place(out):
-    """What the eval.json of a directory holds so far, {} if there is none; UserError, before anything is measured, if the result could not
-    be written there."""
-    if file := next((p for p in (Path(out), *Path(out).parents) if p.is_file()), None):
-        raise UserError(f"--out {out}: {file} is a file; name a directory")
+def open_place(out, flag="--out"):
+    """What the eval.json of a directory holds so far, {} if there is none or no directory is named; UserError, before anything is measured,
+    if the result could not be written there."""
+    if not out:
+        return {}
+    there = next(p for p in (Path(out), *Path(out).absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"{flag} {out}: {there} " + ("must not be written to; name another directory" if there.is_dir() else "is a file; name a directory"))
     file = Path(out) / "eval.json"
     try:
-        before = json.loads(file.read_text(encoding="utf-8")) if out and file.exists() else {}
+        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     except ValueError:
         before = None
     if not isinstance(before, dict):
         raise UserError(f"{file} is not one of evaluate.py's JSON files; delete it, or choose another --out")
     return before
+
+
+def store(out, result):
+    """Put a task's result into the eval.json of a directory, where each task and data set has a place of its own."""
+    file, before = Path(out) / "eval.json", open_place(out)
+    for key in before.keys() & result.keys():
+        if isinstance(before[key], dict) and before[key].get("data_hash") not in (None, result[key].get("data_hash")):
+            print(f"note: {file} had {key} of other data ({before[key].get('data')}); it is replaced")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name("eval.json.tmp")
+    aside.write_text(json.dumps(before | result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", errors="backslashreplace")      # \ud800
+    os.replace(aside, file)
+    print(f"wrote {file}")
 
 
 def headlines(tree, name=""):

@@ -35,13 +35,17 @@ def write(path, text):
 
 def test_the_three_formats_are_read_and_broken_files_named(tmp_path):
     """MMLU without a header, CMMLU and C-Eval with theirs; the subject is the file's name without its split; a row without a
-    right letter or with an empty option is one sentence with file and row, a file without answers one that says which to take."""
+    right letter or with an empty option is one sentence with file and row, a file without answers one that says which to take. Five
+    options, a mark of the byte order, quotes, line ends of all kinds within them and without are read as they are meant."""
     write(tmp_path / "a_b.csv", CMMLU + '0,"One, or two?",1,2,3,4,B\n')
     write(tmp_path / "anatomy_test.csv", "Two?,1,2,3,4,D\n")
     write(tmp_path / "law_val.csv", CEVAL + ",explanation\n0,哪一个？,甲,乙,丙,丁,C,因为\n")
     questions = choices.read_choices(tmp_path)
     assert [(q["question"], q["answer"], q["subject"], q["suite"]) for q in questions] == [
         ("One, or two?", 1, "a_b", "cmmlu"), ("Two?", 3, "anatomy", "mmlu"), ("哪一个？", 2, "law", "ceval")]
+    write(tmp_path / "odd.csv", '\ufeffid,question,A,B,C,D,E,answer\r\n0,"a ""b""\n c,\u2028d",1,2,3,4,5,E\r\n1,x\u2028y,1,2,3,4,5,A\r\n')
+    odd, other = choices.read_choices(tmp_path / "odd.csv")
+    assert odd["question"] == 'a "b"\n c,\u2028d' and (len(odd["options"]), odd["answer"]) == (5, 4) and other["question"] == "x\u2028y"
     for text in (CMMLU + "0,Q,1,2,3,4,E\n", CMMLU + "0,Q,1\n", CMMLU + "0,Q,1,,3,4,A\n", CMMLU, "", "id,question,A,B,C,D\n0,Q,1,2,3,4\n"):
         write(tmp_path / "bad.csv", text)
         with pytest.raises(UserError, match="bad.csv"):
@@ -77,8 +81,12 @@ def test_a_directory_is_asked_by_its_test_files_or_where_their_answers_are_secre
     write(tmp_path / "dev" / "law_dev.csv", CEVAL + ",explanation\n0,Q,1,2,3,4,A,why\n")
     write(tmp_path / "val" / "law_val.csv", CEVAL + "\n0,Q,1,2,3,4,A\n")
     assert choices.splits(tmp_path) == (tmp_path / "val", tmp_path / "dev")
-    write(tmp_path / "test" / "law_test.csv", "id,question,A,B,C,D\n0,Q,1,2,3,4\n")
-    assert choices.splits(tmp_path) == (tmp_path / "val", tmp_path / "dev")
+    for head in ("id,question,A,B,C,D", '"id","question" ,"A","B","C","D"'):
+        write(tmp_path / "test" / "law_test.csv", head + "\n0,Q,1,2,3,4\n")
+        assert choices.splits(tmp_path) == (tmp_path / "val", tmp_path / "dev")
+    (tmp_path / "test" / "law_test.csv").write_bytes("问题,甲,乙,丙,丁,A\n".encode("gbk"))
+    with pytest.raises(UserError, match="law_test.csv is not a UTF-8 CSV file"):
+        choices.splits(tmp_path)
     write(tmp_path / "test" / "law_test.csv", CMMLU + "0,Q,1,2,3,4,A\n")
     assert choices.splits(tmp_path) == (tmp_path / "test", tmp_path / "dev")
     assert choices.splits(tmp_path / "dev") == (tmp_path / "dev", None)
@@ -208,6 +216,8 @@ def test_questions_that_stand_in_the_training_text_are_found_and_others_not():
     covered = contamination.coverage(questions, iter(texts))
     assert covered[0] == covered[40] == 1 and 0 < covered[7] < 1 and covered[41] is None
     assert [i for i, c in enumerate(covered) if c] == [0, 7, 40]
+    half = {"question": "\ud800 " + questions[7]["question"]}                        # of a character, as JSON may hold it
+    assert contamination.coverage([half], texts)[0] > 0.9
 
 
 def test_evaluate_tells_the_score_on_found_and_on_other_questions(tok, tmp_path, capsys):

@@ -1,6 +1,9 @@
 """Classifiers: where labels stand, what is measured, training as every stage trains, and a corpus judged by one."""
+import importlib.util
 import math
 import os
+import random
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -159,6 +162,21 @@ def test_f1_counts_rare_labels_entities_and_shared_words():
     assert classify.f1_of({1, 2, 3}, {2, 3, 4, 5}) == {"precision": 2 / 3, "recall": 0.5, "f1": pytest.approx(4 / 7)}
     assert classify.normal("The Red, ball!") == ["red", "ball"] and classify.normal("一只红球。") == ["一", "只", "红", "球"]
     assert classify.overlap("the red ball", "red kite") == pytest.approx(0.5) and classify.overlap("黄狗", "黄色的狗") == pytest.approx(2 * 2 / 6)
+
+
+def test_an_answer_is_the_same_where_squads_own_script_says_so():
+    """Its functions as lm-evaluation-harness carries them, on printable ASCII, articles and points within words among it; of Chinese the
+    punctuation goes, too, and each character is a word."""
+    path = Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks" / "qasper" / "metrics.py"
+    theirs = importlib.util.module_from_spec(about := importlib.util.spec_from_file_location("squad", path))
+    about.loader.exec_module(theirs)
+    rng, pieces = random.Random(0), ["the ", "An", "a", " a.m.", "U.S.", "$5", "-", "don't ", "(Theatre)", " ", "x", *map(chr, range(32, 127))]
+    texts = ["".join(rng.choices(pieces, k=rng.randint(0, 12))) for _ in range(2000)]
+    assert [" ".join(classify.normal(text)) for text in texts] == [theirs.normalize_answer(text) for text in texts]
+    for said, true in zip(texts, texts[1:]):
+        if classify.normal(said) and classify.normal(true):  # theirs: nothing is unlike nothing
+            assert classify.overlap(said, true) == pytest.approx(theirs.f1_abstractive([said], [true]))
+    assert classify.normal("“他说：好！”") == ["他", "说", "好"]
 
 
 def test_a_token_report_names_labels_and_entities():
@@ -334,6 +352,11 @@ def test_a_judge_that_cannot_judge_is_refused_before_anything_is_read(files, tmp
                         (["--classifier", f"{tmp_path / 'sequence'}:warm", "--scorer", f"{__file__}:score"], "give one of them")):
         with pytest.raises(UserError, match=what):
             score(*out, *words)
+    model, tok, _ = classify.load(str(tmp_path / "sequence"))
+    torch.nn.init.constant_(model.head.weight, float("nan"))
+    checkpoint.save(tmp_path / "broken", 1, model, tok, "classify", None)
+    with pytest.raises(UserError, match="broken gives probabilities that are no numbers"):
+        score(*out, "--classifier", f"{tmp_path / 'broken'}:warm", "--select", "threshold")
 
 
 def test_the_experiment_on_judges_runs_and_keeps_documents_apart(files, tmp_path, capsys):

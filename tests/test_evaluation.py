@@ -244,6 +244,41 @@ def test_two_checkpoints_are_judged_by_a_rule_and_by_a_reward_model(runs, tok, t
         measure(against=str(tmp_path / "other"), judge="")
 
 
+@pytest.mark.parametrize("task, temperature", [("chat", 0.0), ("chat", 1.0), ("win", 1.0)])
+def test_killed_while_it_answers_a_run_goes_on_where_it_was(runs, tmp_path, monkeypatch, capsys, task, temperature):
+    """Stopped in its third batch, the last line torn: the finished batches are not written again, what is drawn behind them is what would
+    have been drawn, and eval.json is, to the last byte, that of a run that nobody disturbed. Other options or weights begin again."""
+    (tmp_path / "rule.py").write_text("def richer(row, text):\n    return len(set(text))\n", encoding="utf-8")
+    monkeypatch.setattr(checkpoint, "knows_chat", lambda model, tokenizer: True)
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"Say {'more ' * (i % 4)}{i}", "answer": "yes"} for i in range(10)])
+    real, calls, deadly = evaluation.generate_batch, [], 3
+    def batch(*args, **kw):
+        calls.append(1)
+        if len(calls) == deadly:
+            raise KeyboardInterrupt
+        return real(*args, **kw)
+    monkeypatch.setattr(evaluation, "generate_batch", batch)
+    def measure(out, run="sft", **kw):
+        calls.clear()
+        evaluate.main(evaluate.Config(task=task, init_from=str(runs / run), data=[str(tmp_path / "rows.jsonl")], max_new_tokens=6, batch_size=4,
+                                      out=str(tmp_path / out), against=str(runs / "sft"), judge=f"{tmp_path}/rule.py:richer", device="cpu",
+                                      **{"temperature": temperature} | kw))
+        return (tmp_path / out / "eval.json").read_bytes(), len(calls)
+    with pytest.raises(KeyboardInterrupt):
+        measure("killed")
+    log, batches, deadly = tmp_path / "killed" / f"{task}-rows-{'answers' if task == 'chat' else 'side0'}.jsonl", 3 if task == "chat" else 6, 0
+    assert len(log.read_text(encoding="utf-8").splitlines()) == 3                # the key and two batches
+    log.write_text(log.read_text(encoding="utf-8") + "[8, [[1, 2", encoding="utf-8")
+    (table, asked), whole = measure("killed"), measure("whole")
+    assert "8 of 10 answers stand in" in capsys.readouterr().out
+    assert (table, asked) == (whole[0], batches - 2) and whole[1] == batches and measure("killed") == (table, 0)
+    for kw, again in ((dict(temperature=0.5), batches), (dict(run="pretrain"), 3 if task == "chat" else 6)):
+        assert measure("killed", **kw)[1] == again and "asking from the beginning" in capsys.readouterr().out
+    log.write_text("{torn\n", encoding="utf-8")
+    with pytest.raises(UserError, match="is damaged; delete it"):
+        measure("killed")
+
+
 def test_runs_stand_side_by_side_as_a_table_and_a_picture(runs, tmp_path, capsys):
     """Each task and data set keeps its place in eval.json; --compare shows the numbers with their intervals, stars what is better beyond
     them, says when the texts were different, and draws; a directory without eval.json is one sentence."""
@@ -297,6 +332,17 @@ def test_a_place_in_eval_json_is_not_given_to_other_data_silently(runs, world, t
     assert table["ppl/tokens"]["data_hash"] == scoreboard.fingerprint(texts)
 
 
+def test_half_a_character_in_a_row_is_measured_and_stored(runs, tmp_path):
+    """JSON may hold the half of a pair of code units; no file in UTF-8 can. Here it is in a question that stands in the corpus, and so in eval.json."""
+    text = " ".join(f"word{i}" for i in range(20))
+    write_jsonl(tmp_path / "corpus.jsonl", [{"text": text}])
+    (tmp_path / "half.jsonl").write_text(json.dumps({"prompt": "\ud800 " + text, "answer": "\udfff"}) + "\n", encoding="utf-8")
+    evaluate.main(evaluate.Config(task="chat", init_from=str(runs / "sft"), data=[str(tmp_path / "half.jsonl")], corpus=[str(tmp_path / "corpus.jsonl")],
+                                  out=str(tmp_path), max_new_tokens=4, device="cpu"))
+    found = json.loads((tmp_path / "eval.json").read_text(encoding="utf-8"))["chat/half.jsonl"]
+    assert found["contamination"]["found"]["n"] == 1 and found["most_found"][0]["question"] == "\ud800 " + text
+
+
 def test_a_chat_row_that_is_longer_than_the_context_is_counted(runs, tmp_path, capsys):
     """One prompt loses its beginning, and two rows a part of their loss: the context of the model has 128 tokens."""
     rows = [{"prompt": "Hi", "answer": "Yes."}, {"prompt": "Hi", "answer": "yes " * 200}, {"prompt": "why " * 200, "answer": "No."}]
@@ -328,6 +374,46 @@ def test_evaluate_refuses_in_one_sentence_what_it_cannot_measure(runs):
         kw |= {"data": [str(runs / kw["data"])]} if "data" in kw else {}
         with pytest.raises(UserError):
             evaluate.main(evaluate.Config(**kw, device="cpu"))
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_measured(runs, tmp_path, monkeypatch):
+    """A file in place of a directory, in its path, or a directory without permission, for all that is written there."""
+    monkeypatch.setattr(checkpoint, "load", None)
+    (tmp_path / "file").touch()
+    for kw in (dict(out=str(tmp_path / "file")), dict(out=str(tmp_path / "file" / "x")), dict(lm_eval=str(tmp_path / "file")),
+               dict(compare=[str(runs)], out=str(tmp_path / "file"))):
+        with pytest.raises(UserError, match="file is a file; name a directory"):
+            evaluate.main(evaluate.Config(**{"task": "chat", "init_from": str(runs / "sft"), "data": [str(runs / "chats.jsonl")]} | kw))
+    monkeypatch.setattr(scoreboard.os, "access", lambda path, how: False)
+    with pytest.raises(UserError, match="--out .*new: .* must not be written to"):
+        evaluate.main(evaluate.Config(task="demo", out=str(tmp_path / "new")))
+    assert scoreboard.open_place("") == {}                   # what writes nothing needs no permission
+
+
+def test_nothing_left_to_measure_and_a_score_that_is_no_number_are_one_sentence(runs, tmp_path, monkeypatch):
+    """--max_bad 1 allows any share of bad rows, but not that none is left; files of blanks; a judge whose nan would make the model lose everywhere."""
+    monkeypatch.setattr(checkpoint, "knows_chat", lambda model, tokenizer: True)
+    write_jsonl(tmp_path / "none.jsonl", [{"a": 1}])
+    (tmp_path / "blank.txt").write_text(" \n\n", encoding="utf-8")
+    (tmp_path / "rule.py").write_text("def broken(row, text):\n    return float('nan')\n", encoding="utf-8")
+    for says, kw in (("none is left", dict(task="chat", data=["none.jsonl"], max_bad=1.0)),
+                     ("none is left", dict(task="win", data=["none.jsonl"], max_bad=1.0)),
+                     ("no text but blanks", dict(task="ppl", data=["blank.txt"])), ("no finite number", dict(task="win", data=[str(runs / "chats.jsonl")]))):
+        kw["data"] = [str(tmp_path / kw["data"][0])]
+        with pytest.raises(UserError, match=says):
+            evaluate.main(evaluate.Config(init_from=str(runs / "sft"), max_new_tokens=4, device="cpu", against=str(runs / "sft"),
+                                          judge=f"{tmp_path}/rule.py:broken", **kw))
+
+
+@pytest.mark.parametrize("words", ["--max_new_tokens 0", "--max_new_tokens -3", "--batch_size 0", "--max_rows -1", "--max_tokens -1", "--n_shots -1",
+                                   "--n_shots 1.5", "--temperature nan", "--temperature inf", "--temperature -0.1", "--max_bad nan", "--seed -1", f"--seed {2**64}", "--seed 1e400"])
+def test_a_number_without_meaning_is_one_sentence(runs, capsys, words):
+    """Code 2, the option by its name, and nothing is measured."""
+    with pytest.raises(SystemExit) as stop:
+        argv = ["--init_from", str(runs / "sft"), "--task", "chat", "--data", str(runs / "chats.jsonl"), *words.split()]
+        evaluate.run(evaluate.main, evaluate.Config, argv=argv)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and err.startswith("error: ") and words.split()[0] in err and err.count("\n") == 1 and not out
 
 
 def test_the_demo_task_measures_the_whole_road_against_the_worlds_truth(tmp_path, tok, monkeypatch):

@@ -294,7 +294,7 @@ def test_what_is_not_the_plain_model_goes_through_the_model(model):
 
 def test_a_kept_copy_of_the_weights_is_left_when_they_change(model):
     """For one text at a time the blocks that decoding reads are made once and kept. An update in place, by our optimizer, through .data, through one
-    flat tensor of which the weights are views (ZeRO), and the model's end all make an end of them."""
+    flat tensor of which the weights are views (ZeRO), of nothing but signs or order, of the positions' table, and the model's end all make an end of them."""
     model = copy.deepcopy(model)
     kept = decoder(model, 1)
     assert decoder(model, 1) is kept and decoder(model, 2) is not decoder(model, 2)
@@ -314,6 +314,10 @@ def test_a_kept_copy_of_the_weights_is_left_when_they_change(model):
     list(generate(model, PROMPT, 12, temperature=0))
     flat.mul_(-3)
     assert list(generate(model, PROMPT, 12, temperature=0)) == slow_greedy(model, PROMPT, 12)
+    for change in (flat.neg_, model.rope_sin.neg_, lambda: weight.data.copy_(weight.flip(0))):      # no norm changes, in the last no sum
+        kept = decoder(model, 1)
+        change()
+        assert decoder(model, 1) is not kept and list(generate(model, PROMPT, 12, temperature=0)) == slow_greedy(model, PROMPT, 12)
     known, other = len(KEPT), copy.deepcopy(model)
     other.layers[0].feed_forward.w1.weight.data = weight.detach().clone()
     decoder(other, 1)

@@ -50,7 +50,7 @@ def test_lm_evaluation_harness_gives_the_same_log_likelihoods_acc_and_acc_norm(r
         if score == "text":
             assert found["results"]["quiz"]["acc_norm,none"] == pytest.approx(ours["acc_norm"])
         assert ours["truncated"] > 0 and ours["template"] != "plain text, 0.00 shots on average"
-        scores = [x for part in (root / "out" / f"mc-quiz-{score}.jsonl").read_text(encoding="utf-8").splitlines()[1:] for x in json.loads(part)]
+        scores = [x for part in (root / "out" / f"mc-quiz-{score}.jsonl").read_text(encoding="utf-8").splitlines()[1:] for x in json.loads(part)[1]]
         samples = sorted(found["samples"]["quiz"], key=lambda sample: sample["doc_id"])
         for mine, sample in zip(scores, samples, strict=True):
             assert mine == pytest.approx([float(p) for (p, _), in sample["resps"]], abs=1e-3)

@@ -1,6 +1,7 @@
 """The page of chat.py --serve in headless Chromium: a person who chats, compares two checkpoints and looks inside one.
 
-    python tests/test_page.py out/demo/sft out/demo/dpo docs/images      the same walk on real checkpoints, for the pictures in the docs
+    python tests/test_page.py out/demo/sft out/demo/dpo FOLDER      the same walk on real checkpoints, with two questions; the docs show
+                                                                    story/chat.png, sum/compare.png and sum/see.png
 """
 import contextlib
 import sys
@@ -112,11 +113,11 @@ def walk(driver, address, folder, questions, text):
     assert me.all("#seen.attention .chip.picked") and "%" in me.one("#see_stats").text
     me.click("header b")                                     # the bubble goes, the attention stays
     before = me.one("#see_stats").text
+    me.shot(folder, "see")
     pixels = "return document.getElementById('map').getContext('2d').getImageData(0, 0, 9, 9).data.join()"
     drawn = driver.execute_script(pixels)
     me.click("#layer option:nth-child(2)")
     me.wait(lambda: me.one("#see_stats").text != before or driver.execute_script(pixels) != drawn)
-    me.shot(folder, "see")
     me.type("#see_text", text)
     me.click("#look")
     me.wait(lambda: "<|endoftext|>" in me.one("#seen").text and "im_start" not in me.one("#seen").text)
@@ -171,5 +172,8 @@ if __name__ == "__main__":
     import tempfile
     *paths, out = sys.argv[1:]
     served = named_models([(path, *checkpoint.load(path, "cpu", "lm")) for path in paths])
-    with running(served, most=256) as (address, _), tempfile.TemporaryDirectory() as profile, browser(profile) as driver:
-        walk(driver, address, pathlib.Path(out), ["Do you know the sum of six and eight?", "请写一个关于小美和鸟宝宝的故事。"], "Anna is a girl. Anna lives in a house.")
+    with running(served, most=256) as (address, _):
+        for name, question in (("story", "请写一个关于小美和鸟宝宝的故事。"), ("sum", "Do you know the sum of six and eight?")):
+            with tempfile.TemporaryDirectory() as profile, browser(profile) as driver:
+                (folder := pathlib.Path(out, name)).mkdir(parents=True, exist_ok=True)
+                walk(driver, address, folder, [question], "Anna is a girl. Anna lives in a house.")

@@ -5,8 +5,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from nanollm.config import UserError
-from nanollm.corpus import score
+from nanollm.config import UserError, parse
+from nanollm.corpus import options, score
 
 GOOD = ["今天天气很好，我们去公园散步。孩子们在草地上放风筝，老人坐在树下聊天，风一吹，花香就飘过来。到了傍晚，天边的云慢慢红了，"
         "大家才收拾东西，说说笑笑地往家走。路过桥头时，有人指着水里的倒影说，明天大概还是晴天，不如再来一次。",
@@ -136,6 +136,15 @@ def test_a_threshold_keeps_what_reaches_it(number):
     """0.7 as a float32 is below 0.7: numpy compares both in the column's precision."""
     out = score.score(table_of(["0.69", "0.7", "0.71"]), score.Score(number, "threshold", threshold=0.7))
     assert out["drop_reason"].to_pylist() == ["quality", None, None]
+
+
+def test_a_threshold_may_be_negative(number):
+    """A scorer may return any number, a log-probability for one; nan is no threshold."""
+    cfg = parse(options.Score, ["--select", "threshold", "--threshold", "-3.5", "--low", "-2", "--high", "-1e-3"])
+    assert (cfg.threshold, cfg.low, cfg.high) == (-3.5, -2, -0.001)
+    assert score.score(table_of(["-3.6", "-3.5"]), score.Score(number, cfg.select, cfg.threshold))["drop_reason"].to_pylist() == ["quality", None]
+    with pytest.raises(UserError, match="--threshold nan"):
+        parse(options.Score, ["--threshold", "nan"])
 
 
 def test_sampling_keeps_with_the_probability_of_the_score(number):

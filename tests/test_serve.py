@@ -40,6 +40,7 @@ def running(models, together=4, queue=32, most=40, max_bytes=200_000):
     engine = Engine(together, queue)
     app = serving.make_app(models, engine, DEFAULTS, most, max_bytes)
     sock = socket.create_server(("127.0.0.1", 0))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)              # so that the kernel does not do the waiting for a slow reader
     server = uvicorn.Server(serving.server_config(app))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()
@@ -158,7 +159,13 @@ BAD = [({"messages": [{"role": "wizard", "content": "x"}]}, "unknown role 'wizar
        *[({"messages": HI, name: 10**400}, name) for name in ("seed", "max_tokens", "temperature", "top_k")], ({"messages": HI, "stream": 1}, "true or false"),
        ({"messages": HI, "stop": ["a"] * 5}, "at most 4"), ({"messages": HI, "stop": [""]}, "stop"), ({"messages": HI, "top_logprobs": 3}, "goes with"),
        ({"messages": HI, "logprobs": True, "top_logprobs": 21}, "from 0 to 20"), ({"messages": HI, "stream_options": {"include_usage": True}}, "stream_options"),
-       ({"messages": [{"role": "user", "content": "word " * 200}]}, "the context of sft is 128")]
+       ({"messages": [{"role": "user", "content": "word " * 200}]}, "the context of sft is 128"),
+       *[({"messages": HI, "logprobs": True, name: value}, name) for name in ("n", "max_tokens", "max_completion_tokens", "seed", "top_k", "top_logprobs")
+         for value in (True, False, 1.0, 1.5, "1", [1], {})],
+       *[({"messages": HI, name: value}, name) for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+         for value in (True, False, "0", [0], {})],
+       ({"messages": HI, "max_tokens": "9", "max_completion_tokens": 9}, "max_tokens"), ({"messages": HI, "store": 0}, "store"),
+       ({"messages": HI, "logit_bias": []}, "logit_bias")]
 
 
 def test_what_clients_send_by_habit_is_no_error(server, client):
@@ -170,7 +177,7 @@ def test_what_clients_send_by_habit_is_no_error(server, client):
         return response.json()["choices"][0]
     plain = ask(max_tokens=40)
     assert ask(max_tokens=4096, tools=[], tool_choice="auto", parallel_tool_calls=True, service_tier="auto", reasoning_effort="low", verbosity="low", modalities=["text"],
-               safety_identifier="x", top_logprobs=0, logprobs=False, n=1, temperature=None) == plain
+               safety_identifier="x", top_logprobs=0, logprobs=False, n=1, presence_penalty=0.0, frequency_penalty=0, temperature=None) == plain
     assert ask(max_tokens=4096, repetition_penalty=1, stop=None, logprobs=True)["finish_reason"] in ("length", "stop")
     assert len(ask(max_tokens=4096, logprobs=True)["logprobs"]["content"]) <= 40
     developer, system = ([{"role": role, "content": "Be brief."}, *HI] for role in ("developer", "system"))
@@ -192,6 +199,7 @@ def test_what_is_no_request_at_all_is_refused(server):
     bad = [post(b"{"), post(b"\xff"), post(b"[1]"), post(b'{"temperature": NaN}'), post(b"[" * 50_000), post(b'{"seed": ' + b"1" * 5000 + b"}"), post(b"")]
     assert [r.status_code for r in bad] == [400] * len(bad)
     others = [post(b"{}", "text/plain"), httpx.get(server + "/v1/nothing"), httpx.get(server + "/v1/chat/completions"), httpx.get(server + "/v1/models/x")]
+    assert "nested too deeply" in bad[4].text and "sys." not in bad[5].text and others[2].headers["allow"] == "POST"
     assert [r.status_code for r in others] == [415, 404, 405, 404] and all(r.json()["error"]["message"] for r in bad + others)
 
 
@@ -290,19 +298,67 @@ def test_two_hundred_clients_at_once_each_get_an_answer_or_a_clear_no(models):
 
 
 def test_idle_connections_and_slow_bodies_have_bounds(models, monkeypatch):
-    """A request while all places are taken gets 503, and a place that is given back serves again; half a body is waited for in vain only so long."""
+    """A request while all places are taken gets 503 as JSON, whatever it sends; a connection with a place keeps it, one that is given back serves
+    again; half a body is waited for in vain only so long; twice as many connections as places are all there can be."""
     monkeypatch.setattr(serving, "CONNECTIONS", 10)
     monkeypatch.setattr(serving, "BODY_SECONDS", 0.3)
-    with running(models) as (address, engine):
+    with running(models) as (address, engine), httpx.Client(base_url=address) as late:
         port = int(address.rsplit(":")[-1])
-        idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(10)]
-        until(lambda: httpx.get(address + "/v1/models").status_code == 503)
+        idle = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(10)]
+        for s in idle:
+            s.sendall(b"POST /api/see HTTP/1.1\r\n")
+        until(lambda: late.get("/v1/models").status_code == 503)
+        refused = late.post("/v1/chat/completions", content=b"x" * 1_000_000)
+        assert refused.status_code == 503 and refused.headers["retry-after"] and "10 connections" in refused.json()["error"]["message"]
+        idle[0].sendall(b"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{")
+        assert b" 408 " in idle[0].recv(300)
         for s in idle[1:]:
             s.close()
-        until(lambda: httpx.get(address + "/v1/models").status_code == 200)
-        idle[0].sendall(b"POST /api/see HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{")
-        assert b" 408 " in idle[0].recv(300)
+        until(lambda: late.get("/v1/models").status_code == 200)
         idle[0].close()
+        crowd = [socket.create_connection(("127.0.0.1", port), timeout=3) for _ in range(22)]
+        assert crowd[-1].recv(1) == b""                      # closed at once
+        for s in crowd:
+            s.close()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_does_not_read_is_left_after_a_while(models, monkeypatch, stream):
+    """After SEND_SECONDS its place is another's and no more is generated for it. One that reads a stream more slowly than it comes gets all
+    of it."""
+    monkeypatch.setattr(serving, "SEND_SECONDS", 0.5)
+    monkeypatch.setattr(serving, "CONNECTIONS", 1)
+    made, entry = [], serving.entry
+
+    def large(*args, **kwargs):                              # tokens of 100 kB each: more than the kernel buffers
+        for step in list(steps(*args, **kwargs | {"stop_ids": ()}))[:1] * n:
+            time.sleep(0.01)
+            made.append(step)
+            yield step
+    monkeypatch.setattr(serving, "steps", large)
+    monkeypatch.setattr(serving, "entry", lambda *args: {**entry(*args), "padding": "x" * 100_000})
+    body = json.dumps({"messages": HI, "logprobs": True, "stream": stream}).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    with running(models, together=1, queue=0) as (address, engine):
+        for reads in (False, True):
+            del made[:]
+            n = 200 if stream and not reads else 30
+            with socket.socket() as s:
+                s.settimeout(10)
+                if not reads:
+                    s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                s.connect(("127.0.0.1", int(address.rsplit(":")[-1])))
+                s.sendall(head % len(body) + body)
+                until(lambda: made)
+                assert httpx.get(address + "/v1/models").status_code == 503
+                got = b""
+                while reads and (more := s.recv(2**18)):
+                    got += more
+                    time.sleep(0.02 if stream else 0)
+                until(lambda: httpx.get(address + "/v1/models").status_code == 200)
+                until(lambda: not engine.active)
+                assert (len(got) > 3_000_000 and got.rstrip(b"\r\n0").endswith(b"[DONE]" if stream else b"}")) == reads
+                assert len(made) < n if stream and not reads else len(made) == n
 
 
 def test_a_connection_that_never_asks_is_closed(models, monkeypatch):
@@ -410,7 +466,7 @@ def test_see_gives_each_token_its_probability(server, models):
     assert compared
     text = httpx.post(server + "/api/see", json={"model": "pretrain", "text": "Anna has a 苹果."}).json()["tokens"]
     assert b"".join(bytes(t["bytes"] or []) for t in text).decode() == "Anna has a 苹果." and text[0]["token"] == "<|endoftext|>"
-    for body in ({"layer": 2}, {"head": -1}, {"head": 10**400}, {"heads": 1}, {"text": 5}, {"text": "x", "messages": HI}, {"text": "x " * 400}, {"messages": [{"role": "assistant", "content": "x"}]}, {"messages": [*HI, {"role": "assistant"}]}, {}):
+    for body in ({"layer": 2}, {"head": -1}, {"head": 10**400}, *[{name: v} for name in ("layer", "head") for v in (True, False, 1.0, "1", [])], {"heads": 1}, {"text": 5}, {"text": "x", "messages": HI}, {"text": "x " * 400}, {"messages": [{"role": "assistant", "content": "x"}]}, {"messages": [*HI, {"role": "assistant"}]}, {}):
         response = httpx.post(server + "/api/see", json=body if "text" in body or "messages" in body or not body else {"text": "x", **body})
         assert response.status_code == 400 and response.json()["error"]["message"], body
 
@@ -442,17 +498,24 @@ def program(folder, *words):
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=lambda s: s.name)
 def test_ctrl_c_ends_the_server_at_once_and_in_order(tmp_path, sign):
-    """chat.py --serve with two checkpoints answers; a signal in the middle of a stream ends the stream and the program, with code 0."""
+    """chat.py --serve with two checkpoints answers; a signal in the middle of a stream ends the stream and the program, with code 0 and no
+    traceback; so it does with half a head and half a body on other connections, which are left after three seconds (SIGTERM)."""
     with program(tmp_path, "--max_new_tokens", "3000") as (process, address):
         client = openai.OpenAI(base_url=address + "/v1", api_key="none", max_retries=0)
         assert [m.id for m in client.models.list()] == ["a", "b"]
         stream = client.chat.completions.create(model="b", messages=HI, stream=True, temperature=0, extra_body={"repetition_penalty": 1})
         next(stream)
+        half = [socket.create_connection(("127.0.0.1", int(address.rsplit(":")[-1]))) for _ in range(2 * (sign == signal.SIGTERM))]
+        for s, more in zip(half, (b"", b"Content-Type: application/json\r\nContent-Length: 99\r\n\r\n{")):
+            s.sendall(b"POST /api/see HTTP/1.1\r\nHost: localhost\r\n" + more)
+        time.sleep(0.2)
         process.send_signal(sign)
         with pytest.raises(openai.APIError, match="shutting down"):
             list(stream)
         assert process.wait(15) == 0
         assert process.stdout.read().strip() == "stopped"
+        for s in half:
+            s.close()
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
 """The options of prepare_data.py, one dataclass a command: --key value, or key = value in the TOML file of --config."""
+import math
 from dataclasses import dataclass
 
 from nanollm.config import arg
@@ -84,9 +85,9 @@ class Score(Stage):
     classifier: str = arg("", "RUN:LABEL: the probability of LABEL by a classifier of train_classify.py is the quality")
     as_source: bool = arg(False, "with a classifier: a document's likeliest label becomes its source (tokenize --by_source, --mix)")
     select: str = arg("none", "none: only the column | threshold | sample: by lot between --low and --high")
-    threshold: float = arg(0.5, "threshold: documents below are dropped")
-    low: float = arg(0.2, "sample: never kept at or below")
-    high: float = arg(0.8, "sample: always kept at or above")
+    threshold: float = arg(0.5, "threshold: documents below are dropped", least=-math.inf)
+    low: float = arg(0.2, "sample: never kept at or below", least=-math.inf)
+    high: float = arg(0.8, "sample: always kept at or above", least=-math.inf)
     seed: int = arg(1234, "of that lottery")
 
 

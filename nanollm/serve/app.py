@@ -29,7 +29,7 @@ from nanollm.serve.request import ApiError, number, read_ask, read_json, read_me
 from nanollm.serve.see import entry, look
 from nanollm.tokenizer import StreamDecoder, render
 
-CONNECTIONS, HEAD_SECONDS, BODY_SECONDS, DISCARD, SEE_TOKENS = 300, 10, 20, 64 * 2**20, 512
+CONNECTIONS, HEAD_SECONDS, BODY_SECONDS, SEND_SECONDS, DISCARD, SEE_TOKENS = 300, 10, 20, 60, 64 * 2**20, 512
 POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
           "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")           # the page loads nothing from anywhere
 
@@ -96,6 +96,12 @@ def foreign(headers, names):
     return ""
 
 
+def reply(value, status=200, headers=None):
+    from fastapi.responses import Response
+    headers = {**(headers or {}), **({"Retry-After": "1"} if status in (429, 503) else {})}
+    return Response(json.dumps(value), status, headers, "application/json")              # ASCII: no half of a surrogate pair gets lost
+
+
 def make_app(models, engine, defaults, most, max_bytes, names=("localhost",)):
     """The FastAPI app. models: [Served]; defaults: options of generate.sample where a request names none; most: tokens of the longest
     answer; max_bytes of a request's body; names: host names by which the server may be called."""
@@ -107,17 +113,13 @@ def make_app(models, engine, defaults, most, max_bytes, names=("localhost",)):
     app, created = FastAPI(docs_url=None, redoc_url=None, openapi_url=None), int(time.time())
     by_id = {served.id: served for served in models}
 
-    def reply(value, status=200):
-        headers = {"Retry-After": "1"} if status in (429, 503) else {}
-        return Response(json.dumps(value), status, headers, "application/json")          # ASCII: no half of a surrogate pair gets lost
-
     @app.exception_handler(ApiError)
     async def api_error(request, e):
         return reply(e.body, e.status)
 
     @app.exception_handler(HTTPException)
     async def http_error(request, e):
-        return reply(ApiError(e.status_code, f"{request.method} {request.url.path[:80]}: {e.detail}").body, e.status_code)
+        return reply(ApiError(e.status_code, f"{request.method} {request.url.path[:80]}: {e.detail}").body, e.status_code, e.headers)
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request, e):                              # before its request was whole
@@ -293,26 +295,54 @@ def named_models(loaded):
 
 
 def server_config(app):
-    """uvicorn's settings, and a bound that it lacks: its timeout between two requests ends with the first byte, and a new connection has none."""
+    """uvicorn's settings, and three bounds that it lacks: its timeout between two requests ends with the first byte and a new connection has
+    none; it waits for ever for a client to read; and whom it refuses it tells so in plain text, where clients expect JSON."""
     import uvicorn
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
+    async def full(scope, receive, send):
+        await reply(ApiError(503, f"{CONNECTIONS} connections are open; try again in a moment").body, 503)(scope, receive, send)
+
     class Protocol(H11Protocol):
-        """Closes a connection whose next request has no whole head after HEAD_SECONDS."""
+        """A connection. It closes when its next request has no whole head after HEAD_SECONDS, or when what it has been sent is not read within
+        SEND_SECONDS. Its first byte takes one of CONNECTIONS places, which it keeps; without a place it gets 503."""
+        placed = sending = None
 
         def connection_made(self, transport):
             super().connection_made(transport)
             self.timeout_keep_alive_task = self.loop.call_later(HEAD_SECONDS, self.timeout_keep_alive_handler)
+            transport.set_write_buffer_limits(0)             # so that pause_writing means: the network takes no more, a client does not read
+            if len(self.connections) > 2 * CONNECTIONS:      # a process has only so many files
+                transport.abort()
 
         def data_received(self, data):
             timer, self.timeout_keep_alive_task = self.timeout_keep_alive_task, None     # else cancelled by these bytes
+            self.placed = self.placed or sum(bool(other.placed) for other in self.connections) < CONNECTIONS
+            self.app = self.config.loaded_app if self.placed else full
             super().data_received(data)
             if self.cycle is None or self.cycle.response_complete:
                 self.timeout_keep_alive_task = timer
             elif timer is not None:
                 timer.cancel()
 
-    return uvicorn.Config(app, http=Protocol, log_level="warning", limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=5,
+        def pause_writing(self):
+            super().pause_writing()
+            self.sending = self.loop.call_later(SEND_SECONDS, self.transport.abort)      # not close(), which would wait for the reader
+
+        def resume_writing(self):                            # all is sent
+            super().resume_writing()
+            self.sending.cancel()
+
+        def connection_lost(self, exc):
+            super().connection_lost(exc)
+            if self.sending:
+                self.sending.cancel()
+
+        def shutdown(self):
+            super().shutdown()
+            self.loop.call_later(3, self.transport.abort)    # who then still sends or does not read is left
+
+    return uvicorn.Config(app, http=Protocol, ws="none", log_level="warning", backlog=CONNECTIONS, timeout_graceful_shutdown=5,
                           timeout_keep_alive=HEAD_SECONDS, h11_max_incomplete_event_size=65536)
 
 
@@ -326,7 +356,7 @@ def serve(loaded, cfg, defaults):
     try:
         sock = socket.create_server((cfg.host, cfg.port), family=socket.AF_INET6 if ":" in cfg.host else socket.AF_INET)
     except (OSError, OverflowError) as e:
-        raise UserError(f"--host {cfg.host} --port {cfg.port}: {e}; choose another --port (0 = any that is free)") from None
+        raise UserError(f"--host {cfg.host} --port {cfg.port}: {e}; choose another --port (0 = any that is free) or --host") from None
     models, engine = named_models(loaded), Engine(cfg.together, cfg.queue)
     machine, port, beyond = socket.gethostname().lower(), sock.getsockname()[1], cfg.host not in ("127.0.0.1", "::1", "localhost")
     names = {"localhost", machine, cfg.host.lower(), *([f"{machine}.local"] if beyond else [])}
@@ -341,11 +371,11 @@ def serve(loaded, cfg, defaults):
         raise KeyboardInterrupt
     signal.signal(signal.SIGTERM, interrupt)                 # uvicorn raises the signal again when all is closed
     address = f"http://{f'[{cfg.host}]' if ':' in cfg.host else cfg.host}:{port}"
-    print(f"serving {', '.join(served.id for served in models)} at {address} (the page) and {address}/v1 (OpenAI's API); Ctrl-C ends", flush=True)
-    if beyond:
-        print(f"warning: not only this machine can reach it, and there is no password; from others: http://{machine}:{port}, http://{machine}.local:{port} "
-              "or the address in numbers", flush=True)
     try:
+        print(f"serving {', '.join(served.id for served in models)} at {address} (the page) and {address}/v1 (OpenAI's API); Ctrl-C ends", flush=True)
+        if beyond:
+            print(f"warning: not only this machine can reach it, and there is no password; from others: http://{machine}:{port}, http://{machine}.local:{port} "
+                  "or the address in numbers", flush=True)
         Server(server_config(app)).run(sockets=[sock])
     except KeyboardInterrupt:
         pass

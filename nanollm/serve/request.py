@@ -8,8 +8,8 @@ import secrets
 from dataclasses import dataclass, field
 
 ROLES = ("system", "user", "assistant")
-# understood, but only at values that change nothing
-FIXED = {"n": [1], "presence_penalty": [0], "frequency_penalty": [0], "logit_bias": [{}], "store": [False], "response_format": [{"type": "text"}],
+# understood, but only at values that change nothing, of this very type: true is no 1
+FIXED = {"n": [1], "presence_penalty": [0, 0.0], "frequency_penalty": [0, 0.0], "logit_bias": [{}], "store": [False], "response_format": [{"type": "text"}],
          "modalities": [["text"]], "tools": [[]], "functions": [[]], "tool_choice": ["none", "auto"], "service_tier": ["auto", "default"]}
 NO_PART = {"user", "metadata", "safety_identifier", "prompt_cache_key",                  # labels of the caller's own
            "parallel_tool_calls", "reasoning_effort", "verbosity"}                       # hints about what no model here does
@@ -48,7 +48,8 @@ def read_json(body):
     try:
         value = json.loads(body, parse_constant=refuse)
     except (ValueError, RecursionError) as e:
-        raise ApiError(400, f"the request's body is not JSON: {str(e)[:100]}") from None
+        why = "nested too deeply" if isinstance(e, RecursionError) else str(e).partition(";")[0][:100]       # without Python's advice
+        raise ApiError(400, f"the request's body is not JSON: {why}") from None
     if not isinstance(value, dict):
         raise ApiError(400, "the request's body must be a JSON object")
     return {key: v for key, v in value.items() if v is not None}         # clients write null for what they leave out
@@ -111,10 +112,10 @@ def read_ask(body, defaults, most):
     for name, value in body.items():
         if name not in KNOWN:
             raise ApiError(400, f"unknown parameter {short(name)}", name[:60])
-        if name in FIXED and value not in FIXED[name]:
+        if name in FIXED and (type(value), value) not in [(type(v), v) for v in FIXED[name]]:
             raise ApiError(400, f"{name} {short(value)} is not supported here; leave it out" + (", and ask n times" if name == "n" else ""), name)
-    if "max_completion_tokens" in body:                      # OpenAI's newer name
-        body = {**body, "max_tokens": body["max_completion_tokens"]}
+    tokens = number(body, "max_tokens", most, 1, 2**31, int)
+    tokens = number(body, "max_completion_tokens", tokens, 1, 2**31, int)                 # OpenAI's newer name
     stop = body.get("stop", [])
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or len(stop) > 4 or not all(isinstance(s, str) and 0 < len(s) <= 256 for s in stop):
@@ -130,6 +131,5 @@ def read_ask(body, defaults, most):
                            "top_k": number(body, "top_k", defaults["top_k"], 0, 2**31, int),
                            "min_p": number(body, "min_p", defaults["min_p"], 0, 1),
                            "repetition_penalty": number(body, "repetition_penalty", defaults["repetition_penalty"], 0.1, 10)}
-    return Ask(read_messages(body.get("messages")), min(number(body, "max_tokens", most, 1, 2**31, int), most),
-               number(body, "seed", secrets.randbits(62), -2**63, 2**63 - 1, int), stream, flag(options, "include_usage"), stop, logprobs,
-               number(body, "top_logprobs", 0, 0, 20, int), sampling)
+    return Ask(read_messages(body.get("messages")), min(tokens, most), number(body, "seed", secrets.randbits(62), -2**63, 2**63 - 1, int), stream,
+               flag(options, "include_usage"), stop, logprobs, number(body, "top_logprobs", 0, 0, 20, int), sampling)
