@@ -37,7 +37,7 @@ class Config:
     min_p: float = arg(0.0, "sample only from tokens at least this many times as likely as the likeliest; 0 = all")
     repetition_penalty: float = arg(1.0, "above 1 makes tokens already in the context less likely; 1 = off")
     no_repeat_ngram: int = arg(0, "no so many tokens in a row may come twice; 0 = off")
-    max_new_tokens: int = arg(256, "longest answer", unit="tokens")
+    max_new_tokens: int = arg(256, "longest answer", unit="tokens", least=1)
     stop: list = arg([], "strings at which an answer ends; they are not shown")
     beams: int = arg(1, "above 1: a beam search of this width in place of sampling; the best answer is shown when it is whole", least=1)
     length_penalty: float = arg(1.0, "with --beams: 0 prefers short answers, more than 1 long ones")
@@ -87,11 +87,11 @@ class Chat:
         if self.completion:
             ids = [self.tok.eos_id] + self.tok.encode(self.messages[-1]["content"])        # a document begins after <|endoftext|>
         else:
-            self.messages, dropped = fit_history(self.tok, self.messages, most)
+            messages, dropped = fit_history(self.tok, self.messages, most)
             if dropped and not self.told:
                 self.told = True
-                print(f"[the conversation outgrew the context of {room} tokens: the oldest exchanges are forgotten from here on]", flush=True)
-            ids = render(self.tok, self.messages, add_generation_prompt=True)[0]
+                print(f"[the conversation outgrew the context of {room} tokens: the oldest exchanges are not read from here on]", flush=True)
+            ids = render(self.tok, messages, add_generation_prompt=True)[0]
         if len(ids) > most and not self.model.cache.endless:
             print(f"[{len(ids)} tokens are more than the context of {room} holds beside an answer: only the last {most} are read]", flush=True)
             ids = ids[-most:]
@@ -128,13 +128,14 @@ class Chat:
             print(" [interrupted]", end="")
         show(stops.flush())
         print(flush=True)
+        self.messages.append({"role": "assistant", "content": "".join(said)})
         if self.cfg.show_probs:
             self.show_probs()
-        self.messages.append({"role": "assistant", "content": "".join(said)})
         return self.messages[-1]["content"]
 
     def show_probs(self):
-        print("\n\n".join(show_step(step, self.tok.decode) for step in self.steps) or "[no token has been sampled yet]", flush=True)
+        none = "[no token has been sampled yet]" if self.cfg.beams == 1 else "[a beam search samples no token]"
+        print("\n\n".join(show_step(step, self.tok.decode) for step in self.steps) or none, flush=True)
 
     def regenerate(self):
         """Another answer to the last question; at temperature 0 the same one."""
@@ -146,6 +147,8 @@ class Chat:
 
     def save(self, path):
         """Append the conversation to a file as a row that train_sft.py reads: one corrected by hand is an example to learn from."""
+        if self.messages[-1:] == [] or self.messages[-1]["role"] != "assistant":
+            return print("[nothing to save yet]")
         with open(path, "a", encoding="utf-8") as f:
             f.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
         print(f"[{len(self.messages)} messages appended to {path}]")
@@ -153,10 +156,11 @@ class Chat:
     def load(self, path):
         """Go on with the last conversation of a file."""
         last = Path(path).read_text(encoding="utf-8").strip().split("\n")[-1]            # and not splitlines(): U+2028 may stand in a text
-        self.messages, self.steps = messages_from(json.loads(last)["messages"]), []
-        if self.messages[-1]["role"] != "assistant":
-            self.messages.pop()                              # a question without its answer
-        print("\n".join(f"{m['role']}: {m['content']}" for m in self.messages))
+        messages = messages_from(json.loads(last)["messages"])
+        if messages[-1]["role"] != "assistant":
+            raise ValueError("its last conversation ends without an answer")
+        self.messages, self.steps, self.system = messages, [], messages[0]["content"] * (messages[0]["role"] == "system")
+        print("\n".join(f"{m['role']}: {m['content']}" for m in messages))
 
     def command(self, line):
         """A line that begins with /."""
@@ -167,7 +171,7 @@ class Chat:
         elif name == "/system":
             self.system = rest.strip()
             self.reset()
-            print("[the system prompt is set, the conversation forgotten]")
+            print(f"[the system prompt is {'set' if self.system else 'gone'}, the conversation forgotten]")
         elif name == "/adapter":
             adapter_files.switch(self, rest.strip())
         elif name == "/probs":
@@ -184,11 +188,12 @@ class Chat:
 
 
 def main(cfg):
-    for name, ok in (("temperature", cfg.temperature >= 0), ("top_p", 0 < cfg.top_p <= 1), ("top_k", cfg.top_k >= 0), ("min_p", cfg.min_p <= 1),
-                     ("repetition_penalty", cfg.repetition_penalty > 0), ("max_new_tokens", cfg.max_new_tokens > 0),
-                     ("length_penalty", cfg.length_penalty == 1 or cfg.beams > 1)):
+    for name, ok, wants in (("temperature", cfg.temperature >= 0, "at least 0"), ("top_p", 0 < cfg.top_p <= 1, "above 0 and at most 1"),
+                            ("top_k", cfg.top_k >= 0, "at least 0"), ("min_p", cfg.min_p <= 1, "at most 1"),
+                            ("repetition_penalty", cfg.repetition_penalty > 0, "above 0"),
+                            ("length_penalty", cfg.length_penalty == 1 or cfg.beams > 1, "left out, or --beams above 1")):
         if not ok:
-            raise UserError(f"--{name} {getattr(cfg, name)} makes no sense; see --help for the range")
+            raise UserError(f"--{name} must be {wants}, got {getattr(cfg, name)}")
     if len(cfg.init_from) != 1 and not (cfg.init_from and cfg.serve):
         raise UserError(f"--init_from names {len(cfg.init_from)} checkpoints: in the terminal one talks to one; several are compared with --serve")
     unused = [f"--{name}" for name in ("prompt", "system", "stop", "beams", "show_probs", "seed", "adapters") if getattr(cfg, name) != getattr(Config(), name)]
@@ -217,17 +222,16 @@ def main(cfg):
     while True:
         try:
             text = input("> ").strip()
+            if text == "/exit":
+                return
+            if text.startswith("/"):
+                chat.command(text)
+            elif text:
+                chat.answer(text)
         except EOFError:                                     # Ctrl-D
             return print()
-        except KeyboardInterrupt:                            # Ctrl-C at the prompt: a fresh line
+        except KeyboardInterrupt:                            # Ctrl-C at the prompt or while probabilities are shown: a fresh line
             print()
-            continue
-        if text == "/exit":
-            return
-        if text.startswith("/"):
-            chat.command(text)
-        elif text:
-            chat.answer(text)
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def mc(cfg, model, tok, stage):
 def contaminated(cfg, questions, hits, name):
     """How many of the questions stand in --corpus, and the score on those that do and those that do not. hits: {number: right?}"""
     unread, read = Counter(), Counter()
-    covered = contamination.coverage(questions, (read.update([name]) or text for name, text in documents("--corpus", cfg.corpus, unread)))
+    covered = contamination.coverage(questions, (read.update([name]) or text for name, text in documents("--corpus", cfg.corpus, unread)))   # and counts
     unreadable(unread, read.total(), cfg)
     sides = {"found": [hit for i, hit in hits.items() if covered[i]], "not found": [hit for i, hit in hits.items() if not covered[i]]}
     worst = sorted((i for i in hits if covered[i]), key=lambda i: -covered[i])[:5]
@@ -175,7 +175,7 @@ def chat(cfg, model, tok):
 
     fitted = [f for m in messages if (f := fit_chat(tok, m, size + 1))]
     losses = evaluation.continuation_losses(model, [(ids[:1], ids[1:]) for ids, _ in fitted])
-    nats = sum(float(nll[i]) for (_, mask), nll in zip(fitted, losses) for i, m in enumerate(mask[1:]) if m)
+    nats = sum(float(nll[i]) for (_, mask), nll in zip(fitted, losses) for i, m in enumerate(mask[1:]) if m)        # of what the assistant says
     found = evaluation.exact_match(rows, replies, correct) | {
         "loss": nats / max(sum(sum(mask[1:]) for _, mask in fitted), 1), "generation": metrics.generation([text for text, _ in replies], wanted),
         "cut": sum(len(ids) >= size for ids in prompts), "cut_in_loss": sum(len(render(tok, m)[0]) > size + 1 for m in messages),
@@ -230,7 +230,7 @@ def compare(cfg):
 
 
 def main(cfg):
-    scoreboard.open_place(cfg.out or cfg.run_dir * (cfg.task == "demo"))
+    scoreboard.open_place(cfg.out or (cfg.run_dir if cfg.task == "demo" else ""))
     scoreboard.open_place(cfg.lm_eval, "--lm_eval")
     if cfg.compare:
         return compare(cfg)
@@ -255,7 +255,7 @@ def main(cfg):
             result = mc(cfg, model, tok, meta["stage"]) if cfg.task == "mc" else {"ppl": ppl, "chat": chat, "win": win}[cfg.task](cfg, model, tok)
         result = {"task": cfg.task, "init_from": cfg.init_from, "stage": meta["stage"], "step": meta["step"], "data": " ".join(cfg.data), **result}
         scoreboard.show(result)
-        what = f"{cfg.task}/{'+'.join(Path(word).name.rpartition('=')[2] for word in cfg.data)}" + " text" * (cfg.task == "mc" and cfg.score == "text")
+        what = f"{cfg.task}/{'+'.join(Path(word).name.rpartition('=')[2] for word in cfg.data)}" + (" text" if cfg.task == "mc" and cfg.score == "text" else "")
         result, out = {what + f" against {Path(cfg.against).name}" * (cfg.task == "win"): result}, cfg.out
     if out:
         scoreboard.store(out, result)

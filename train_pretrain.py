@@ -216,7 +216,7 @@ def main(cfg):
         # [/shared]
         # [shared:learning_rate]
         lr = get_lr(at.step - at.skipped + 1, cfg.learning_rate, cfg.min_lr, cfg.warmup_steps, round(cfg.decay_factor * max_steps), cfg.schedule)
-        lr *= cfg.rollback_lr if at.step < at.slow_until else 1
+        lr *= cfg.rollback_lr if at.step < at.slow_until else 1         # for a while after weights have been rolled back
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         # [/shared]

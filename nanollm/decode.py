@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from nanollm.by_hand import ONEDNN, by_hand, product
 from nanollm.model import Attention, FeedForward, KVCache, Linear, RMSNorm, Transformer, TransformerBlock, causal_mask
 
+LARGE = 2**18                                                     # numbers, 1 MB: more than a core's nearest caches hold beside other things
 PLAIN = {Transformer, TransformerBlock, Attention, FeedForward, RMSNorm, Linear, nn.Embedding, nn.Dropout, nn.ModuleList}
 
 
@@ -40,7 +41,7 @@ class RoomyCache(KVCache):
         return [buffer[:, :, :end] for buffer in self.kv[module]]
 
     def keep(self, rows):
-        """Where rows have only left, the others move up in place; their columns in use, that is."""
+        """The cache of these rows alone. If rows have only left, the others move up in place, as far as columns are in use."""
         order, end = rows.tolist(), self.length
         for module, buffers in self.kv.items():
             if order != sorted(set(order)):                  # beams: some rows twice, in any order
@@ -57,11 +58,11 @@ class RoomyCache(KVCache):
 
 def stacked(weights, rows):
     """x (rows, C) -> x [W_1; W_2; …]^T, the order of a large matrix in memory made for so many rows. rows = 0: no copies, for a model
-    that might not fit twice."""
-    if not rows and weights[0].numel() >= 2**18:
+    that might not fit twice. Of a small matrix (below LARGE numbers) a plain product takes less than the call of a better one."""
+    if not rows and weights[0].numel() >= LARGE:
         return lambda x: torch.cat([product(x, w) for w in weights], 1)
     w, threads = torch.cat(weights) if len(weights) > 1 else weights[0], torch.get_num_threads()
-    if w.numel() < 2**18:
+    if w.numel() < LARGE:
         return lambda x: x @ w.t()
     if rows == 1 and torch.backends.mkl.is_available() and len(w) % threads == 0:
         parts = w.view(threads, -1, w.size(1)).mT            # (threads, C, N / threads): MKL gives one row to one thread, of several products each gets one
@@ -73,6 +74,7 @@ def stacked(weights, rows):
         return lambda x: torch.bmm(x.expand(threads, 1, -1), parts).view(1, -1)
     if not ONEDNN:
         return lambda x: x @ w.t()
+    # several rows, or a number of outputs that does not divide by the threads
     blocks = torch.ops.mkldnn._reorder_linear_weight(w, rows)       # its own order, into which it would copy the matrix in each call
     return lambda x: ONEDNN(x, blocks, None, "none", [], "")
 
@@ -105,6 +107,7 @@ class Decoder:
         """Is it the Transformer of model.py as it stands there: fp32 on the CPU, each part its own, no adapter, hook or slice of a weight?"""
         return (all(type(m) in PLAIN and not (m._forward_hooks or m._forward_pre_hooks or {"forward", "hidden"} & vars(m).keys()) for m in model.modules())
                 and model.mask is causal_mask and model.args.attention == "sdpa" and not model.training
+                and len({m.eps for m in model.modules() if type(m) is RMSNorm}) == 1
                 and all(m.plain() for m in model.modules() if type(m) is Linear) and all(by_hand(p.detach()) for p in model.parameters()))
 
     def __call__(self, tokens, segments, cache):
@@ -150,7 +153,7 @@ def decoder(model, rows):
     if rows != 1:
         return Decoder(model, rows)
     tensors = [model.rope_cos, model.rope_sin, *model.parameters()]
-    weights = [w.data_ptr() for w in tensors], torch.stack([mark(w) for w in tensors]).tolist()
+    weights = model.norm.eps, [w.data_ptr() for w in tensors], torch.stack([mark(w) for w in tensors]).tolist()
     if KEPT.get(model, [None])[0] != weights:
         KEPT[model] = weights, Decoder(model, rows)
     return KEPT[model][1]

@@ -1,4 +1,5 @@
 """The chat in the terminal: history, commands, interruption, one-shot prompts."""
+import copy
 import json
 
 import pytest
@@ -63,11 +64,12 @@ def test_history_drops_whole_oldest_exchanges_and_keeps_the_system_prompt(tok):
     assert chat.fit_history(tok, messages, 10_000) == (messages, 0)
 
 
-def test_outgrowing_the_context_is_said_once(runs, capsys, monkeypatch):
-    """A long conversation goes on; the note appears a single time."""
-    typed(monkeypatch, *["tell me more about the red ball"] * 8)
+def test_outgrowing_the_context_is_said_once(runs, capsys, monkeypatch, tmp_path):
+    """A long conversation goes on; the note appears a single time. What is no longer read is still saved."""
+    typed(monkeypatch, *["tell me more about the red ball"] * 8, f"/save {tmp_path / 'all.jsonl'}")
     chat.main(config(runs, temperature=0.0))
     assert capsys.readouterr().out.count("outgrew the context") == 1
+    assert len(json.loads((tmp_path / "all.jsonl").read_text(encoding="utf-8"))["messages"]) == 16
 
 
 def test_one_shot_prompts_are_answered_in_fresh_conversations(runs, capsys, monkeypatch):
@@ -128,6 +130,19 @@ def test_ctrl_c_ends_the_answer_and_keeps_what_was_said(runs, capsys, monkeypatc
     assert [m["content"] for m in talk.messages] == ["Hi", "So far"]
 
 
+def test_ctrl_c_ends_a_long_list_and_not_the_chat(runs, capsys, monkeypatch):
+    """While probabilities are shown, by a command or after an answer: the answer is in the conversation, and the next line is read."""
+    asked = []
+
+    def interrupted(self):
+        asked.append([m["role"] for m in self.messages])
+        raise KeyboardInterrupt
+    monkeypatch.setattr(chat.Chat, "show_probs", interrupted)
+    typed(monkeypatch, "Hi", "/probs", "/save " + str(runs / "talk.jsonl"))
+    chat.main(config(runs, show_probs=True))
+    assert asked == [["user", "assistant"]] * 2 and "2 messages appended" in capsys.readouterr().out
+
+
 def test_a_seed_fixes_the_sampled_answers(runs, capsys):
     """Temperature 1 twice with one seed and once with another."""
     def shown(seed):
@@ -166,17 +181,19 @@ def test_a_saved_conversation_is_a_training_row_and_can_be_loaded(runs, capsys, 
     """/save appends a row that the trainers read; /load goes on with it; a file that is none is told of, not crashed on."""
     file = str(tmp_path / "talk.jsonl")
     monkeypatch.setattr(chat.Chat, "answer", lambda self, text: self.messages.extend([{"role": "user", "content": text}, {"role": "assistant", "content": "A " + text}]))
-    typed(monkeypatch, "one", f"/save {file}", "two", f"/save {file}")
+    typed(monkeypatch, f"/save {file}", "/system Be brief.", f"/save {file}", "/system", "one", f"/save {file}", "two", f"/save {file}")
     chat.main(config(runs))
+    assert capsys.readouterr().out.count("nothing to save") == 2
     rows = [json.loads(line) for line in open(file, encoding="utf-8")]
     assert [len(to_messages(row)) for row in rows] == [2, 4]
     (tmp_path / "no.jsonl").write_text("[1]", encoding="utf-8")
-    typed(monkeypatch, f"/load {file}", f"/save {file}", f"/load {tmp_path / 'no.jsonl'}", f"/load {tmp_path / 'absent'}", f"/save {tmp_path}", "/save", "/nonsense")
+    (tmp_path / "open.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi"}]}', encoding="utf-8")
+    typed(monkeypatch, f"/load {file}", f"/save {file}", f"/load {tmp_path / 'no.jsonl'}", f"/load {tmp_path / 'open.jsonl'}", f"/load {tmp_path / 'absent'}", f"/save {tmp_path}", "/save", "/nonsense")
     capsys.readouterr()
     chat.main(config(runs))
     out = capsys.readouterr().out
     assert "assistant: A two" in out and json.loads(open(file, encoding="utf-8").readlines()[-1]) == rows[-1]
-    assert all(f"[/{what}" in out for what in ("load", "save")) and out.count("/regenerate answers again") == 2
+    assert all(f"[/{what}" in out for what in ("load", "save")) and out.count("/regenerate answers again") == 2 and "ends without an answer" in out
 
 
 def test_probs_shows_for_each_token_what_else_was_likely(runs, capsys, monkeypatch):
@@ -221,18 +238,23 @@ def test_stop_strings_end_an_answer_and_are_not_shown(runs, capsys):
 
 
 def test_a_new_system_prompt_begins_a_new_conversation(runs, monkeypatch):
-    """/system TEXT stands first from then on; without a text there is none."""
+    """/system TEXT stands first from then on; without a text there is none. A conversation that is loaded brings its own."""
     seen = []
     monkeypatch.setattr(chat.Chat, "answer", lambda self, text: seen.append([m["content"] for m in self.messages] + [text]))
     typed(monkeypatch, "a", "/system Be brief.", "b", "/reset", "c", "/system", "d")
     chat.main(config(runs, system="Old."))
     assert seen == [["Old.", "a"], ["Be brief.", "b"], ["Be brief.", "c"], ["d"]]
+    file = runs / "brief.jsonl"
+    file.write_text(json.dumps({"messages": [{"role": "system", "content": "New."}, *conversation(1)[:2]]}), encoding="utf-8")
+    typed(monkeypatch, f"/load {file}", "/reset", "a")
+    chat.main(config(runs, system="Old."))
+    assert seen[-1] == ["New.", "a"]
 
 
 def test_adapters_of_one_base_are_switched_in_the_terminal(runs, tmp_path, monkeypatch, capsys):
     """/adapter NAME answers as that adapter alone, of whatever kind, `base` as the model without one, each in a new conversation; the first
     is on at the start; without a name or with a wrong one they are listed."""
-    base, tok, answers = tiny_lm(max_seq_len=128), tiny_tokenizer(), {}
+    base, tok, answers = tiny_lm(max_seq_len=128), copy.copy(tiny_tokenizer()), {}
     for name, template in (("lora", "chatml"), ("prompt", "raw")):
         torch.manual_seed(1)
         model = tiny_lm(max_seq_len=128)

@@ -22,8 +22,8 @@ TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")     # not `output`: tied, i
 
 
 def product(B, A):
-    """B A (out, in) in fp32, column times row by column times row: the same bits on every machine, where @ adds in an order of its own. By
-    its bits an adapter on the merged model knows its base."""
+    """B A (out, in) in fp32, column times row by column times row: the same bits on every machine, where @ adds in an order of its own: an
+    adapter trained on a merged model knows that base again by a hash of its bits (peft.fingerprint)."""
     return sum(b[:, None] * a for b, a in zip(B.float().T, A.float()))
 
 
@@ -31,7 +31,7 @@ class LoRALinear(nn.Linear):
     """The Linear `base` (its very weight, now frozen) plus a trainable update of rank r. x (…, in) -> (…, out)."""
 
     def __init__(self, base, r, alpha, dropout=0.0, rslora=False):
-        super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+        super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")      # no memory: the weight is base's
         self.weight, self.bias = base.weight, base.bias
         self.requires_grad_(False)
         self.add_update(base, r, alpha, dropout, rslora)
@@ -61,7 +61,7 @@ class LoRALinear(nn.Linear):
 
 
 class QLoRALinear(NF4Linear):
-    """LoRA beside a weight in 4 bits, which is unpacked for each product and never trained. Merging adds up what the 4 bits stand for."""
+    """LoRA beside a weight in 4 bits, which is unpacked for each product (NF4Linear.weight) and never trained. Merging adds up what the 4 bits stand for."""
     add_update, update, merged_weight = LoRALinear.add_update, LoRALinear.update, LoRALinear.merged_weight
 
     def __init__(self, base, r, alpha, dropout=0.0, double=True):
