@@ -428,7 +428,8 @@ def main(cfg):
     path.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     results[f"{cfg.what} {cfg.docs}"] = {"rows": rows, "docs": cfg.docs, "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python "
-                         f"{platform.python_version()}", "versions": {name: version(name) for name in ("numpy", "pyarrow", "datasketch", "tokenizers", "tiktoken") if find_spec(name)},
+                         f"{platform.python_version()}", "versions": {
+                             name: version(name) for name in ("numpy", "pyarrow", "datasketch", "tokenizers", "tiktoken") if find_spec(name)},
                          "date": time.strftime("%Y-%m-%d")}
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

@@ -37,7 +37,7 @@ def main():
         sys.exit(2)
     if not chosen:
         print("".join(f"{name:24}  {question(name)}\n" for name in known))
-        return print(f"Run one: python -m learn.experiments {known[0]}. All {len(known)}, in about three quarters of an hour on one core: python -m learn.experiments all")
+        return print(f"Run one: python -m learn.experiments {known[0]}\nAll {len(known)}, about three quarters of an hour on one core: python -m learn.experiments all")
     failed = []
     for i, name in enumerate(chosen, 1):
         print(f"[{i}/{len(chosen)}] {name}", flush=True)
