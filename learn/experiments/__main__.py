@@ -1,7 +1,7 @@
 """Runs the experiments that are named, one after another, and holds their figures against the stored ones.
 
     python -m learn.experiments                                the list: what each asks
-    python -m learn.experiments no_warmup no_scaling           these two, about a minute and a half each on one core
+    python -m learn.experiments no_warmup no_scaling           these two, two minutes and a half on one core
     python -m learn.experiments all                            all, about three quarters of an hour on one core
     python -m learn.experiments all --scale 0.02 --seeds 1     do they all run
 """
