@@ -49,6 +49,8 @@ def to_hf(cfg):
     model, tok, meta = checkpoint.load(cfg.init_from, expect="lm", merge=not cfg.adapter)
     if (cfg.adapter and (cfg.dtype, cfg.shard_size) != (Config.dtype, Config.shard_size)) or (out.suffix == ".gguf" and cfg.shard_size != Config.shard_size):
         raise UserError("an adapter is one small file in fp32, and .gguf is one file: leave out --shard_size, and with --adapter --dtype, too")
+    if old := sorted(out.glob("adapter_model*" if cfg.adapter else "model*.safetensors*")):
+        raise UserError(f"--out {out} already holds weights ({old[0].name}); choose another directory, or delete them first")
     if cfg.adapter:
         if not peft.adapter_config(model):
             raise UserError(f"--adapter: {cfg.init_from} was trained without --peft; leave the option out")
@@ -63,8 +65,6 @@ def to_hf(cfg):
         gguf_export.save(model, tok, out, dtype)
         return [out.name]
     hf.safetensors()                                            # a missing extra is reported before anything is written
-    if old := sorted(out.glob("model*.safetensors*")):
-        raise UserError(f"--out {out} already holds weights ({old[0].name}); choose another directory, or delete them first")
     table = hf.to_hf_config(model.args, tok, cfg.dtype) | {"nanollm_stage": meta["stage"], "nanollm_template": tok.template}
     tokenizer_files = foreign_tokenizers.hf_files(tok, tokenizers.chat_template(tok), model.args.max_seq_len)
 

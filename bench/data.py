@@ -22,6 +22,7 @@ import sys
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
@@ -31,6 +32,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
+from bench.peers import need
 from nanollm import config
 from nanollm.config import UserError, arg
 from nanollm.corpus.driver import peak_rss_mb
@@ -420,12 +422,14 @@ def main(cfg):
     """Run one benchmark, and add its rows to OUT/data.json."""
     if cfg.what not in WHAT:
         raise UserError(f"--what: {cfg.what!r} is none of {', '.join(WHAT)}")
+    need(*["tokenizers"] * (cfg.what == "bpe"))
     rows = WHAT[cfg.what](cfg)
     path = Path(cfg.out) / "data.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     results[f"{cfg.what} {cfg.docs}"] = {"rows": rows, "docs": cfg.docs, "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python "
-                         f"{platform.python_version()}", "versions": {name: version(name) for name in ("numpy", "pyarrow", "datasketch", "tokenizers", "tiktoken")},
+                         f"{platform.python_version()}", "versions": {
+                             name: version(name) for name in ("numpy", "pyarrow", "datasketch", "tokenizers", "tiktoken") if find_spec(name)},
                          "date": time.strftime("%Y-%m-%d")}
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

@@ -22,6 +22,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
+from bench.peers import need
 from bench.rollout import VOCAB, both
 from nanollm import env
 from nanollm.config import arg, run
@@ -58,6 +59,7 @@ def bytes_a_step(model, batch, length):
 
 
 def main(cfg):
+    need("transformers")
     torch.set_num_threads(cfg.threads)
     results, speed = [], bandwidth()
     print(f"a plain read: {speed / 1e9:.1f} GB/s with {cfg.threads} threads")

@@ -20,6 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
+from bench.peers import need
 from nanollm import env
 from nanollm.config import arg, run
 from nanollm.generate import generate_batch
@@ -57,6 +58,7 @@ def both(dim, layers, vocab, room, n_kv_heads=0):
 
 
 def main(cfg):
+    need("transformers")
     torch.set_num_threads(cfg.threads)
     tok, results = type("Tok", (), {"pad_id": 0, "stop_ids": ()}), {}
     for shape in cfg.shapes:

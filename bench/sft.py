@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from bench.peers import need
 from nanollm import dist, env, tokenizer
 from nanollm.config import UserError, arg, run
 from nanollm.corpus.bpe import train_bpe
@@ -156,6 +157,7 @@ def main(cfg):
         raise UserError("--data names no chat file")
     if cfg.worker:
         return measure(cfg, cfg.worker)
+    need("transformers", "trl")
     sides = cfg.sides or SIDES
     if unknown := [s for s in sides if s not in SIDES]:
         raise UserError(f"--sides {unknown[0]!r} is unknown; use {', '.join(map(repr, SIDES))}")

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from bench.peers import need
 from nanollm import env
 from nanollm.config import UserError, arg, run
 
@@ -179,6 +180,8 @@ def main(cfg):
         raise UserError("--vocab and --updates want whole numbers, one number of updates for each vocabulary")
     cfg = dataclasses.replace(cfg, vocab=[str(v) for v in cfg.vocab])
     sides = [s for s in cfg.sides or SIDES if (s != "nanoGPT" or cfg.nanogpt) and (s != "minimind" or cfg.minimind)]
+    if "transformers" in sides:
+        need("transformers")
     out = Path(cfg.out)
     done = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"records": []}
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench.peers import need
 from nanollm import foreign_tokenizers, tokenizer as tokenizers
 from nanollm.config import UserError, arg, run
 from nanollm.corpus import bpe, compare, io
@@ -60,6 +61,7 @@ def library(path, tok):
         import tiktoken.load
         return tiktoken.Encoding("bench", pat_str=tok.spec["pattern"], special_tokens={},
                                  mergeable_ranks=tiktoken.load.load_tiktoken_bpe(path)).encode_ordinary
+    need("tokenizers")
     import tokenizers as hugging_face
     encode = hugging_face.Tokenizer.from_file(path).encode
     return lambda text: encode(text, add_special_tokens=False).ids

@@ -2,7 +2,8 @@
 
     python -m learn.pictures                               all, half a minute on one core; needs the demo run and matplotlib
     python -m learn.pictures rope schedules                these two
-    python -m learn.pictures --demo out/other --out out/pictures
+    python -m learn.pictures rope --out out/mine           names first, then options
+    python -m learn.pictures --out docs/images/course      for who maintains the pages: these are the pages' own pictures
 
 One function a picture: it computes with the project's own functions, draws, and returns the numbers that it drew, which
 tests/test_pictures.py holds against the code. Those that look at the trained models say so and need `bash runs/speedrun.sh` once.
@@ -33,7 +34,7 @@ class Config:
     first = "names"
     names: list = arg([], "which pictures; none = all")
     demo: str = arg("out/demo", "the finished demo run (bash runs/speedrun.sh)")
-    out: str = arg("docs/images/course", "directory of the PNG files")
+    out: str = arg("out/pictures", "directory of the PNG files; the pages show those in docs/images/course")
 
 
 def of_demo(demo, part):

@@ -92,8 +92,8 @@ def errata_page(lang):
 
 def experiments_page(lang):
     """Each experiment: what it asks (its docstring; in Chinese, the questions that it answers), its picture, its stored figures."""
-    lines = [f"# {word('experiments', lang)}", "", word("tried", lang), "", "```bash", "python -m learn.experiments             # 全部" if lang == "zh" else
-             "python -m learn.experiments             # all of them", "python -m learn.experiments no_warmup", "```", ""]
+    lines = [f"# {word('experiments', lang)}", "", word("tried", lang), "", "```bash", "python -m learn.experiments all         # 全部" if lang == "zh" else
+             "python -m learn.experiments all         # all of them", "python -m learn.experiments no_warmup", "```", ""]
     for path in sorted((ROOT / "learn" / "experiments").glob("[a-z]*.py")):
         name, doc = path.stem, ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
         stored = ask.RESULTS / f"{name}.json"

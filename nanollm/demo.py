@@ -86,8 +86,9 @@ def side_by_side(models, reward, tok, questions, replies, rows, cfg):
                        **evaluation.away_from(models["sft"], model, reward, tok, ids, answers)}
         bars[name] = metrics.mean(metrics.wins(rates, rival), "win_rate")
         found[name]["chats"] = [{"prompt": prompt[-1]["content"], "text": text} for prompt, text in list(zip(asked, texts))[:5]]
-        print(f"{name:<10} " + ", ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in found[name].items() if key != "chats"))
+        print(f"{name + ', sampled':<13} " + ", ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in found[name].items() if key != "chats"))
     before = found["sft"]["win_rate"]
-    print(f"           {len(rows)} prompts; the win rate is against the SFT model, which stands at {before:.3f} against itself")
+    print(f"           {len(rows)} prompts, answers sampled at temperature 1, only exact match is greedy; the win rate is against the SFT model, "
+          f"which stands at {before:.3f} against itself")
     return {"models": found} | {name: {**bars[name], "win_rate_before": before, "n": len(rows)}
                                 for name in list(models)[1:]}

@@ -162,6 +162,23 @@ def test_the_experiment_on_long_contexts(tmp_path, monkeypatch):
     assert len(found["scaling"]) == 4 and len(found["streaming"]) == 3 and len(found["attention on the first token"]) == 3
 
 
+@pytest.mark.parametrize("module,library", [(rollout, "transformers"), (generate, "transformers"), (step, "transformers"), (sft, "trl"), (dpo, "trl")])
+def test_what_a_benchmark_compares_with_is_missing(module, library, monkeypatch, tmp_path):
+    """One sentence before anything is measured or written, not a traceback."""
+    monkeypatch.setitem(sys.modules, library, None)
+    words = {"data": ["x.json"]} if module in (sft, dpo) else {}
+    with pytest.raises(config.UserError, match=rf'with {library}, not installed here: pip install -e "\.\[test\]"'):
+        module.main(module.Config(out=str(tmp_path / "out" / "x.json"), **words))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("code", ["import tokenizer; tokenizer.library('x', type('Tok', (), {'kind': 'bpe'}))", "import data; data.main(data.Config(what='bpe'))"])
+def test_a_tokenizer_benchmark_without_the_library(code):
+    run = subprocess.run([sys.executable, "-c", f"import sys; sys.path[:0] = ['bench', '.']; sys.modules['tokenizers'] = None; {code}"],
+                         capture_output=True, text=True, encoding="utf-8", cwd=ROOT)
+    assert "UserError: this compares with tokenizers, not installed here" in run.stderr
+
+
 def test_the_rollout_benchmark_compares_the_same_model(tmp_path):
     """Greedy answers of both sides are equal, token by token, with prompts of several lengths; one ratio a shape."""
     cfg = rollout.Config(shapes=["32x1"], prompt_tokens=6, new_tokens=4, batch_size=3, rounds=1, threads=1, out=str(tmp_path / "rollout.json"))

@@ -143,7 +143,7 @@ def test_half_precision_weights_are_ours_rounded(tok, tmp_path, dtype):
 
 
 def test_a_lora_checkpoint_is_exported_merged_or_as_an_adapter(tok, tmp_path):
-    """The merged model equals base + adapter in peft, and both equal ours."""
+    """The merged model equals base + adapter in peft, and both equal ours. A second adapter does not overwrite the first."""
     model, ids = build(tok), ids_of(tok)
     checkpoint.save(tmp_path / "base", 1, model, tok, "pretrain", None)
     inject_lora(model, r=2, targets=["wq", "w2"])
@@ -164,6 +164,10 @@ def test_a_lora_checkpoint_is_exported_merged_or_as_an_adapter(tok, tmp_path):
     torch.testing.assert_close(adapted, want, atol=1e-5, rtol=0)
     with pytest.raises(UserError, match="trained without --peft"):
         run(init_from=tmp_path / "base", out=tmp_path / "x", adapter=True)
+    written = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "adapter").iterdir()}
+    with pytest.raises(UserError, match="already holds weights .adapter_model.safetensors"):
+        run(init_from=tmp_path / "lora", out=tmp_path / "adapter", adapter=True)
+    assert written == {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "adapter").iterdir()}
 
 
 def test_a_foreign_llama_gets_our_control_tokens(tok, tmp_path):

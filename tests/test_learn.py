@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import shutil
+import types
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def config(tmp_path, **changes):
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_runs_and_gives_the_figures_and_claims_of_its_stored_run(name, tmp_path, monkeypatch):
-    """In a smoke form: a few updates instead of all. (All of them in full: python -m learn.experiments.)"""
+    """In a smoke form: a few updates instead of all. (All of them in full: python -m learn.experiments all.)"""
     monkeypatch.setattr(lab, "picture", lambda draw, path: path)
     monkeypatch.setattr(lab, "texts", functools.cache(lambda n=3000, seed=0, language="", all_of_them=lab.texts: all_of_them(min(n, 600), seed, language)))
     cfg = config(tmp_path)
@@ -31,6 +32,28 @@ def test_an_experiment_runs_and_gives_the_figures_and_claims_of_its_stored_run(n
     importlib.import_module(f"learn.experiments.{name}").main(cfg)
     new, stored = (json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for folder in (tmp_path, lab.RESULTS))
     assert new["figures"].keys() == stored["figures"].keys() and new["claims"].keys() == stored["claims"].keys()
+
+
+def test_without_a_name_the_experiments_are_listed_and_none_runs(monkeypatch, capsys):
+    """A line each, with the question it asks; names run themselves, `all` runs all, with the options behind."""
+    from learn.experiments import __main__ as program
+    ran = []
+    monkeypatch.setattr(program.subprocess, "run", lambda command: ran.append(command[2:]) or types.SimpleNamespace(returncode=0))
+    monkeypatch.setattr("sys.argv", ["x"])
+    program.main()
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines()[: len(EXPERIMENTS)]] == EXPERIMENTS and not ran
+    assert "What happens without warmup?" in out and "python -m learn.experiments all" in out.splitlines()[-1]
+    for words, names in ((["no_warmup", "--seeds", "1"], ["no_warmup"]), (["all", "--seeds", "1"], EXPERIMENTS)):
+        monkeypatch.setattr("sys.argv", ["x", *words])
+        with pytest.raises(SystemExit) as stopped:
+            program.main()
+        assert stopped.value.code == 0 and ran == [[f"learn.experiments.{name}", "--seeds", "1"] for name in names]
+        ran.clear()
+    monkeypatch.setattr("sys.argv", ["x", "--seeds", "1"])
+    with pytest.raises(SystemExit) as stopped:
+        program.main()
+    assert stopped.value.code == 2 and not ran and "name an experiment, or all" in capsys.readouterr().err
 
 
 def test_a_run_that_differs_from_the_stored_one_is_told_and_fails(tmp_path, monkeypatch, capsys):
