@@ -145,7 +145,7 @@ def mark(w):
     """a^T w b with unequal numbers in a and b: it tells whether weights have changed. A sum would not see another order, a norm no other sign, and
     a version counter is raised neither by a fused optimizer nor by a write through .data."""
     w = w.detach().flatten(0, -2) if w.dim() > 1 else w.detach()[None]
-    return torch.linspace(1, 2, w.size(0)) @ (w @ torch.linspace(1, 2, w.size(1)))
+    return (product(torch.linspace(1, 2, w.size(1))[None], w) @ torch.linspace(1, 2, w.size(0)))[0]
 
 
 def decoder(model, rows):
