@@ -151,9 +151,7 @@ def main(cfg):
     train, val = PreferenceRows.load(cfg, tokenizer, T, labelled=cfg.loss == "kto", cut_answers=True, share=share, tight=tight)
     if cfg.peft.startswith("qlora") and (cfg.precompute_ref or cfg.pair_curriculum):
         raise UserError("--peft qlora is compared with its own base in 4 bits, which is made later: leave out --precompute_ref and --pair_curriculum")
-    if cfg.loss in REFERENCE_FREE:                           # what the chosen answers' probability is compared with later
-        before = validate(raw.to(ctx.device), None, val, ctx, autocast, cfg)["val/chosen_logp"]
-    elif cfg.precompute_ref or cfg.pair_curriculum:
+    if cfg.loss not in REFERENCE_FREE and (cfg.precompute_ref or cfg.pair_curriculum):
         for rows in (train, val):
             pairs.precompute(reference, rows, ctx, autocast, dtype, cfg.batch_size, cfg.ref_cache)
     if cfg.loss in REFERENCE_FREE or train.ref_logps is not None or cfg.peft and not cfg.reference:
@@ -162,6 +160,8 @@ def main(cfg):
         reference = copy.deepcopy(raw).requires_grad_(False)
     if cfg.peft:                                             # on top of --init_from, whose own adapter is merged: the reference has it too
         peft.adapt(raw, cfg, *adapter).to(ctx.device)
+    if cfg.loss in REFERENCE_FREE:                           # what the chosen answers' probability is compared with later
+        before = validate(raw.to(ctx.device), None, val, ctx, autocast, cfg)["val/chosen_logp"]
 
     # [shared:engine]
     epochs = 0.0 if cfg.max_steps else cfg.epochs

@@ -54,6 +54,7 @@ def patterns(cfg):
 
 def library(path, tok):
     """encode(text) of the library that the file belongs to, nothing of ours in between."""
+    need("sentencepiece" if tok.kind == "sentencepiece" else "tiktoken" if tok.kind == "tiktoken" else "tokenizers")
     if tok.kind == "sentencepiece":
         import sentencepiece
         return sentencepiece.SentencePieceProcessor(model_file=path).encode
@@ -61,7 +62,6 @@ def library(path, tok):
         import tiktoken.load
         return tiktoken.Encoding("bench", pat_str=tok.spec["pattern"], special_tokens={},
                                  mergeable_ranks=tiktoken.load.load_tiktoken_bpe(path)).encode_ordinary
-    need("tokenizers")
     import tokenizers as hugging_face
     encode = hugging_face.Tokenizer.from_file(path).encode
     return lambda text: encode(text, add_special_tokens=False).ids
@@ -69,9 +69,8 @@ def library(path, tok):
 
 def foreign(cfg):
     texts = list(texts_of(cfg))
-    for path in cfg.tokenizer:
-        tok = tokenizers.load(path)
-        ids, encode = [tok.encode(text) for text in texts], library(path, tok)
+    for path, tok, encode in [(path, tok, library(path, tok)) for path in cfg.tokenizer for tok in [tokenizers.load(path)]]:
+        ids = [tok.encode(text) for text in texts]
         same = sum(list(encode(text)) == i for text, i in zip(texts, ids))
         back = sum(tok.decode(i) == text for text, i in zip(texts, ids))
         names = " ".join(name for name in tok.control if not name.startswith("<|reserved_"))

@@ -20,7 +20,7 @@ import torch
 from nanollm import checkpoint, peft
 from nanollm import tokenizer as tokenizers
 from nanollm.config import UserError
-from nanollm.hf import from_hf_name, safetensors, to_hf_name
+from nanollm.hf import BLOCK, from_hf_name, safetensors, to_hf_name
 from nanollm.quant import QuantLinear
 
 VIRTUAL = {"prompt": "PROMPT_TUNING", "ptuning": "PROMPT_TUNING", "ptuning_v2": "PREFIX_TUNING", "prefix": "PREFIX_TUNING"}
@@ -174,8 +174,9 @@ def check_targets(dir, targets, modules):
         re.compile(targets if isinstance(targets, str) else "")
     except re.error as e:
         raise UserError(f"{dir}/adapter_config.json: target_modules {targets!r} is no regular expression: {e}") from None
-    idle = [t for t in targets if not any(f".{m}".endswith(f".{t}") for m in modules)] if listed else []
-    other = [m for m in sorted(modules) if not (any(f".{m}".endswith(f".{t}") for t in targets) if listed else targets in (None, "all-linear")
+    ends = lambda t, names: any(f".{m}".endswith(f".{t}") for m in names)
+    idle = [t for t in targets if ends(t, BLOCK.values()) and not ends(t, modules)] if listed else []        # peft leaves names of other families in
+    other = [m for m in sorted(modules) if not (any(ends(t, [m]) for t in targets) if listed else targets in (None, "all-linear")
                                                 or re.fullmatch(targets, m))]
     if idle or other:
         raise UserError(f"{dir}/adapter_config.json: target_modules {'names ' + repr(idle[0]) if idle else 'leaves out ' + repr(other[0])}, "
@@ -238,8 +239,11 @@ def bank(model, tok, paths, completion):
     is the last part of a path, or all of it where two would be called the same. Raises UserError as load_adapters, and for a base in few bits."""
     if any(isinstance(m, QuantLinear) for m in model.modules()):
         raise UserError("--adapters go on the weights that they were trained beside: leave --quantize out")
-    last = [Path(path).name for path in paths] + ["base"]
-    names = {Path(path).name if last.count(Path(path).name) == 1 else str(path): path for path in paths}
+    if peft.adapter_config(model):
+        raise UserError("--adapters go on a plain model, and --init_from carries an adapter of its own: name its base there, and it among --adapters")
+    paths = [Path(path).resolve() for path in paths]
+    last = [path.name for path in paths] + ["base"]
+    names = {path.name if last.count(path.name) == 1 else str(path): path for path in paths}
     found = load_adapters(model, names)
     return {"base": (None, tok.template, completion)} | {name: (a, a.template or tok.template, completion and not a.template) for name, a in found.items()}
 

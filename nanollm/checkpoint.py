@@ -227,7 +227,7 @@ def load(path, device="cpu", expect=None, variants=(), plain=False, merge=True, 
     args = ModelArgs(**meta["model"])
     args.variants += [word for word in variants if word not in args.variants]
     config, base, alone = peft.of_meta(meta)
-    mapped, device = mapped and not config, "cpu" if mapped else device
+    mapped, device = mapped and not config and meta["head"] == "lm", "cpu" if mapped else device
     with torch.device("meta" if mapped else "cpu"):          # meta: shapes alone, no memory
         model = Classifier(build(args), **meta["classifier"]) if meta["head"] == "classifier" else build(args, meta["head"])
     quant.as_stored(model, meta.get("quantize"), quantize, path)

@@ -153,7 +153,7 @@ def decoder(model, rows):
     if rows != 1:
         return Decoder(model, rows)
     tensors = [model.rope_cos, model.rope_sin, *model.parameters()]
-    weights = model.norm.eps, [w.data_ptr() for w in tensors], torch.stack([mark(w) for w in tensors]).tolist()
+    weights = torch.get_num_threads(), model.norm.eps, [w.data_ptr() for w in tensors], torch.stack([mark(w) for w in tensors]).tolist()
     if KEPT.get(model, [None])[0] != weights:
         KEPT[model] = weights, Decoder(model, rows)
     return KEPT[model][1]

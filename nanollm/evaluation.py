@@ -175,9 +175,11 @@ class Done(dict):
             if lines[:1] == [{"key": key}]:
                 self.update(lines[1:])
             elif lines:
-                print(f"{log} is of another model or of other questions: asking from the beginning", flush=True)
-        except (ValueError, TypeError, OSError):
+                print(f"{log} is of another model, other questions or other options: asking from the beginning", flush=True)
+        except (ValueError, TypeError):
             raise UserError(f"{log} is damaged; delete it and ask again") from None
+        except OSError as e:
+            raise UserError(f"{log} cannot be read: {e}; delete it and ask again") from None
         self.log.parent.mkdir(parents=True, exist_ok=True)
         aside = self.log.with_name(self.log.name + ".tmp")
         aside.write_text("".join(json.dumps(line) + "\n" for line in [{"key": key}, *self.items()]), encoding="utf-8")

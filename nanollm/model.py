@@ -41,6 +41,8 @@ class ModelArgs:
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.norm_eps > 0:
+            raise ValueError(f"norm_eps must be above 0, got {self.norm_eps}: it is what a row of zeros is divided by")
         if not self.head_dim and self.dim % self.n_heads or (self.head_dim or self.dim // self.n_heads) % 2:
             raise ValueError(f"dim {self.dim} must be n_heads {self.n_heads} times an even number, or head_dim one: RoPE rotates pairs")
         self.head_dim = self.head_dim or self.dim // self.n_heads

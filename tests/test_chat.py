@@ -130,7 +130,7 @@ def test_ctrl_c_ends_the_answer_and_keeps_what_was_said(runs, capsys, monkeypatc
     assert [m["content"] for m in talk.messages] == ["Hi", "So far"]
 
 
-def test_ctrl_c_ends_a_long_list_and_not_the_chat(runs, capsys, monkeypatch):
+def test_ctrl_c_ends_a_long_list_and_not_the_chat(runs, capsys, monkeypatch, tmp_path):
     """While probabilities are shown, by a command or after an answer: the answer is in the conversation, and the next line is read."""
     asked = []
 
@@ -138,7 +138,7 @@ def test_ctrl_c_ends_a_long_list_and_not_the_chat(runs, capsys, monkeypatch):
         asked.append([m["role"] for m in self.messages])
         raise KeyboardInterrupt
     monkeypatch.setattr(chat.Chat, "show_probs", interrupted)
-    typed(monkeypatch, "Hi", "/probs", "/save " + str(runs / "talk.jsonl"))
+    typed(monkeypatch, "Hi", "/probs", f"/save {tmp_path / 'talk.jsonl'}")
     chat.main(config(runs, show_probs=True))
     assert asked == [["user", "assistant"]] * 2 and "2 messages appended" in capsys.readouterr().out
 
@@ -237,14 +237,14 @@ def test_stop_strings_end_an_answer_and_are_not_shown(runs, capsys):
     assert talk.answer("Hi") == whole[: whole.index(whole[2:4])]
 
 
-def test_a_new_system_prompt_begins_a_new_conversation(runs, monkeypatch):
+def test_a_new_system_prompt_begins_a_new_conversation(runs, monkeypatch, tmp_path):
     """/system TEXT stands first from then on; without a text there is none. A conversation that is loaded brings its own."""
     seen = []
     monkeypatch.setattr(chat.Chat, "answer", lambda self, text: seen.append([m["content"] for m in self.messages] + [text]))
     typed(monkeypatch, "a", "/system Be brief.", "b", "/reset", "c", "/system", "d")
     chat.main(config(runs, system="Old."))
     assert seen == [["Old.", "a"], ["Be brief.", "b"], ["Be brief.", "c"], ["d"]]
-    file = runs / "brief.jsonl"
+    file = tmp_path / "brief.jsonl"
     file.write_text(json.dumps({"messages": [{"role": "system", "content": "New."}, *conversation(1)[:2]]}), encoding="utf-8")
     typed(monkeypatch, f"/load {file}", "/reset", "a")
     chat.main(config(runs, system="Old."))
@@ -276,6 +276,13 @@ def test_adapters_of_one_base_are_switched_in_the_terminal(runs, tmp_path, monke
     assert len(set(answers.values())) == 3
     chat.main(config(runs, prompt=["Hi"], temperature=0.0, adapters=[str(tmp_path / "prompt")]))
     assert capsys.readouterr().out.endswith("> Hi\n" + answers["prompt"])
+    with pytest.raises(UserError, match="carries an adapter of its own"):
+        chat.main(chat.Config(init_from=[str(tmp_path / "prompt")], device="cpu", adapters=[str(tmp_path / "lora")]))
+    (tmp_path / "lora").rename(tmp_path / "base")
+    for word in ("base", "../base"):                         # a run of that name is called by its whole path
+        monkeypatch.chdir(tmp_path / "prompt" if ".." in word else tmp_path)
+        chat.main(config(runs, prompt=["Hi"], temperature=0.0, adapters=[word]))
+        assert capsys.readouterr().out == f"[base *{tmp_path / 'base'}]\n> Hi\n" + answers["lora"]
 
 
 def test_an_adapter_of_another_base_is_refused_in_the_terminal(runs, tmp_path, monkeypatch, capsys):

@@ -364,7 +364,7 @@ def test_flops_per_token_by_hand():
 
 @pytest.mark.parametrize("wrong, match", [
     (dict(dim=30), "an even number"), (dict(n_kv_heads=3), "not divisible by n_kv_heads"),
-    (dict(dim=12), "an even number"), (dict(attention="flash"), "'sdpa' or 'naive'"), (dict(n_layers=0), "n_layers must be at least 1"), (dict(n_heads=0), "n_heads must be at least 1"),
+    (dict(dim=12), "an even number"), (dict(attention="flash"), "'sdpa' or 'naive'"), (dict(n_layers=0), "n_layers must be at least 1"), (dict(norm_eps=0.0), "norm_eps must be above 0"), (dict(n_heads=0), "n_heads must be at least 1"),
 ])
 def test_impossible_shapes_are_refused(wrong, match):
     """In one sentence that names the numbers."""

@@ -341,7 +341,7 @@ def test_plain_dpo_lowers_the_chosen_answers_and_the_remedies_hold_them():
 FAMILY = [{"loss": kind, **({"label_smoothing": 0.1} if kind in EPS else {}), **({"beta": 2.0} if kind == "simpo" else {})} for kind in KINDS]
 
 
-@pytest.mark.parametrize("changes", [*FAMILY, {"loss": "hinge", "dpop": 5.0, "rpo_alpha": 0.2}], ids=lambda c: "-".join(map(str, c.values())))
+@pytest.mark.parametrize("changes", [*FAMILY, {"loss": "hinge", "dpop": 5.0, "rpo_alpha": 0.2}, {"loss": "simpo", "peft": "qlora"}], ids=lambda c: "-".join(map(str, c.values())))
 def test_every_kind_trains(world, tmp_path, changes):
     """Three steps through the script; chosen_fall is 0 before the first; ln 2 where the formula says so."""
     train_dpo.main(train_dpo.Config(**options("dpo", world, tmp_path, **changes)))

@@ -452,7 +452,7 @@ NONSENSE = {
              ("lora_alpha", -16), ("lora_alpha", 0), ("lora_alpha", True), ("lora_alpha", [16]), ("lora_alpha", 10**400), ("lora_dropout", 1.0),
              ("lora_dropout", -0.1), ("lora_dropout", math.nan), ("lora_dropout", "0.1"), ("lora_dropout", None), ("target_modules", []),
              ("target_modules", ""), ("target_modules", ["q_proj"]), ("target_modules", "q_proj"), ("target_modules", "["), ("target_modules", 7),
-             ("target_modules", ["q_proj", "v_proj", "c_attn"]), ("target_modules", [["q_proj"]]), ("use_dora", "no"), ("use_rslora", 1),
+             ("target_modules", ["q_proj", "v_proj", "k_proj"]), ("target_modules", [["q_proj"]]), ("use_dora", "no"), ("use_rslora", 1),
              ("rank_pattern", {"q_proj": 2}), ("alpha_pattern", "x"), ("peft_type", ["LORA"]), ("peft_type", "PROMPT_TUNING")],
     "adalora": [("init_r", 0), ("init_r", 6.0), ("init_r", 10**12), ("init_r", "6"), ("target_r", None), ("target_r", 0), ("target_r", -1), ("lora_alpha", math.nan),
                 ("lora_dropout", 2), ("rank_pattern", {"model.layers.0.self_attn.q_proj.lora_E": [True, False]}), ("rank_pattern", 3), ("rank_pattern", ["q_proj"]),
@@ -479,7 +479,7 @@ def test_a_configuration_that_makes_no_sense_costs_one_sentence(tmp_path, method
         assert any(word in said for word in (key, key.removeprefix("lora_"), "peft_type", "rank", "this is", "prompt_embeddings")), (key, value, said)
         assert "\n" not in said and "Error(" not in said, said
         assert adapter_config(plain) is None
-    for kept in ({}, {"target_modules": "all-linear"}, {"target_modules": None}):
+    for kept in ({}, {"target_modules": "all-linear"}, {"target_modules": None}, {"target_modules": table.get("target_modules", []) + ["c_attn"]} if "r" in table else {}):
         config.write_text(json.dumps({**table, **kept}), encoding="utf-8")
         load_adapter(build(), tmp_path)
 
@@ -487,7 +487,7 @@ def test_a_configuration_that_makes_no_sense_costs_one_sentence(tmp_path, method
 @pytest.mark.parametrize("method, option, value", [
     ("lora", "r", 0), ("lora", "r", 2.0), ("lora", "r", True), ("lora", "r", "8"), ("lora", "alpha", math.nan), ("lora", "alpha", math.inf), ("lora", "alpha", "x"),
     ("lora", "alpha", -1.0), ("lora", "alpha", 0.0), ("lora", "dropout", 1.0), ("lora", "dropout", math.nan), ("lora", "dropout", False), ("lora", "targets", "wq"),
-    ("lora", "targets", []), ("lora", "targets", ["q_proj"]), ("lora", "rank", 8), ("qlora", "double", 1), ("adalora", "orthogonality", math.nan),
+    ("lora", "targets", []), ("lora", "targets", ["q_proj"]), ("lora", "rank", 8), ("lora", "rank", None), ("lora", "alpha", 1e300), ("qlora", "double", 1), ("adalora", "orthogonality", math.nan),
     ("adalora", "start", -0.1), ("adalora", "r0", 7.5), ("adapter", "size", 0), ("adapter", "size", 3.5), ("prompt", "n", math.nan), ("prefix", "hidden", -5),
     ("ptuning", "network", None)])
 def test_an_option_that_makes_no_sense_is_refused_wherever_it_comes_from(method, option, value):

@@ -14,7 +14,7 @@ import train_dpo
 import train_ppo
 import train_rm
 import train_sft
-from conftest import SHAPE, largest_difference, metrics, options, tiny_lm, weights
+from conftest import ROOT, SHAPE, largest_difference, metrics, options, tiny_lm, weights
 from nanollm import checkpoint, model as model_file, peft
 from nanollm.adapter_files import load_adapters
 from nanollm.config import UserError
@@ -543,6 +543,6 @@ def test_qlora_never_holds_its_base_in_full_precision(tmp_path, tok):
     model = build(ModelArgs(dim=512, n_layers=7, n_heads=8, vocab_size=tok.vocab_size, max_seq_len=64))
     checkpoint.save(tmp_path, 1, model, tok, "sft", None)
     full = sum(p.nbytes for p in model.parameters()) / 2**20
-    peak = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path), "mapped"], capture_output=True, text=True, check=True,     # freed memory goes back at once
+    peak = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path), "mapped"], capture_output=True, text=True, check=True, cwd=ROOT,        # freed memory goes back at once
                           env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"})
     assert float(peak.stdout) < 0.8 * full

@@ -326,7 +326,6 @@ def test_idle_connections_and_slow_bodies_have_bounds(models, monkeypatch):
 def test_a_client_that_does_not_read_is_left_after_a_while(models, monkeypatch, stream):
     """After SEND_SECONDS its place is another's and no more is generated for it. One that reads a stream more slowly than it comes gets all
     of it."""
-    monkeypatch.setattr(serving, "SEND_SECONDS", 0.5)
     monkeypatch.setattr(serving, "CONNECTIONS", 1)
     made, entry = [], serving.entry
 
@@ -342,7 +341,8 @@ def test_a_client_that_does_not_read_is_left_after_a_while(models, monkeypatch, 
     with running(models, together=1, queue=0) as (address, engine):
         for reads in (False, True):
             del made[:]
-            n = 200 if stream and not reads else 30
+            monkeypatch.setattr(serving, "SEND_SECONDS", 60 if reads else 2)
+            n = 600 if stream and not reads else 30
             with socket.socket() as s:
                 s.settimeout(10)
                 if not reads:

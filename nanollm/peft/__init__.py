@@ -64,8 +64,8 @@ def check_options(method, options):
     defaults = options_of(method)
     for key, value in options.items():
         kind = type(defaults.get(key))
-        fits = type(value) is kind or kind is float and type(value) is int or kind is tuple and isinstance(value, list)
-        if not fits or kind in (int, float) and not 0 <= value < 2**63:
+        fits = key in defaults and (type(value) is kind or kind is float and type(value) is int or kind is tuple and isinstance(value, list))
+        if not fits or kind is int and not 0 <= value < 2**63 or kind is float and not 0 <= value < 1e300:
             wants = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a word", tuple: "a list of names"}
             wants = wants[kind] + " of at least 0" * (kind in (int, float)) if key in defaults else "left out, it is no option"
             raise UserError(f"{method} adapter: {key} must be {wants}, got {value!r}")

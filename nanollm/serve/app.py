@@ -296,7 +296,7 @@ def named_models(loaded):
 
 def server_config(app):
     """uvicorn's settings, and three bounds that it lacks: its timeout between two requests ends with the first byte and a new connection has
-    none; it waits for ever for a client to read; and whom it refuses it tells so in plain text, where clients expect JSON."""
+    none; it waits for ever for a client to read; and beyond its limit of connections it answers in plain text, where clients expect JSON."""
     import uvicorn
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
