@@ -69,7 +69,7 @@ def place(tmp_path_factory):
     here.mkdir()
     was = os.getcwd()
     os.chdir(here)
-    for folder in ("configs", "recipes", "tests", "docs"):
+    for folder in ("configs", "recipes", "tests", "docs", "nanollm"):
         os.symlink(ROOT / folder, here / folder)
     demo_world.write("out/demo/raw", "smoke")
     for stage in ("clean", "dedup", "tokenizer", "tokenize"):
