@@ -6,6 +6,7 @@
     python -m learn.experiments all --scale 0.02 --seeds 1     do they all run
 """
 import ast
+import os
 import subprocess
 import sys
 import time
@@ -50,4 +51,10 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:                                  # `… | head` has read enough
+        os._exit(0)
+    except KeyboardInterrupt:                                # said by the experiment itself
+        sys.exit(130)
