@@ -80,7 +80,7 @@ def stacked(weights, rows):
 
 
 def norm(x, weight, eps):
-    """model.py's RMSNorm. F.rms_norm is six calls inside; the mean square of one row is a number, and then two will do."""
+    """model.py's RMSNorm. F.rms_norm is six calls inside; of one row the mean square is a number, and three will do."""
     if len(x) > 1:
         return F.rms_norm(x, weight.shape, weight, eps)
     mean_square = torch.dot(x[0], x[0]).item() / x.size(1)
