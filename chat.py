@@ -147,7 +147,7 @@ class Chat:
 
     def save(self, path):
         """Append the conversation to a file as a row that train_sft.py reads: one corrected by hand is an example to learn from."""
-        if self.messages[-1:] == [] or self.messages[-1]["role"] != "assistant":
+        if not self.messages or self.messages[-1]["role"] != "assistant":
             return print("[nothing to save yet]")
         with open(path, "a", encoding="utf-8") as f:
             f.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")

@@ -237,11 +237,10 @@ def load(path, device="cpu", expect=None, variants=(), plain=False, merge=True, 
         peft.add_adapter(model, **config).base = base
     try:
         peft.load_state_dict(model, read(path, "model.pt", mapped), alone, mapped)
-        if mapped:                                            # the rest: one matrix is two again, and the tables of RoPE are in no file
+        if mapped:                                            # what is in no file: the tables of RoPE, and that two tied matrices are one
             small = build(dataclasses.replace(args, n_layers=1, vocab_size=8, hidden_dim=8))
             model.rope_cos, model.rope_sin = small.rope_cos, small.rope_sin
-        if mapped and args.tie_embeddings:
-            model.output.weight = model.tok_embeddings.weight
+            model.output.weight = model.tok_embeddings.weight if args.tie_embeddings else model.output.weight
     except RuntimeError as e:
         extra = f" with --variants {' '.join(variants)} added (a trained model takes only variants without weights)" if variants else ""
         raise UserError(f"{path}: the weights do not fit the model that meta.json describes{extra}: {str(e).splitlines()[-1].strip()[:120]}") from None

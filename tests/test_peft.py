@@ -487,7 +487,7 @@ def test_a_configuration_that_makes_no_sense_costs_one_sentence(tmp_path, method
 @pytest.mark.parametrize("method, option, value", [
     ("lora", "r", 0), ("lora", "r", 2.0), ("lora", "r", True), ("lora", "r", "8"), ("lora", "alpha", math.nan), ("lora", "alpha", math.inf), ("lora", "alpha", "x"),
     ("lora", "alpha", -1.0), ("lora", "alpha", 0.0), ("lora", "dropout", 1.0), ("lora", "dropout", math.nan), ("lora", "dropout", False), ("lora", "targets", "wq"),
-    ("lora", "targets", []), ("lora", "targets", ["q_proj"]), ("lora", "rank", 8), ("lora", "rank", None), ("lora", "alpha", 1e300), ("qlora", "double", 1), ("adalora", "orthogonality", math.nan),
+    ("lora", "targets", []), ("lora", "targets", ["q_proj"]), ("lora", "rank", 8), ("lora", "rank", None), ("lora", "alpha", 2**63), ("qlora", "double", 1), ("adalora", "orthogonality", math.nan),
     ("adalora", "start", -0.1), ("adalora", "r0", 7.5), ("adapter", "size", 0), ("adapter", "size", 3.5), ("prompt", "n", math.nan), ("prefix", "hidden", -5),
     ("ptuning", "network", None)])
 def test_an_option_that_makes_no_sense_is_refused_wherever_it_comes_from(method, option, value):

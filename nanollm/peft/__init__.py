@@ -12,6 +12,7 @@ trained and what each does well: docs/peft.md. Files in the layout of the peft l
 import difflib
 import hashlib
 import inspect
+import math
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -65,9 +66,10 @@ def check_options(method, options):
     for key, value in options.items():
         kind = type(defaults.get(key))
         fits = key in defaults and (type(value) is kind or kind is float and type(value) is int or kind is tuple and isinstance(value, list))
-        if not fits or kind is int and not 0 <= value < 2**63 or kind is float and not 0 <= value < 1e300:
+        if not fits or kind in (int, float) and not 0 <= value < (2**63 if type(value) is int else math.inf):
             wants = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a word", tuple: "a list of names"}
-            wants = wants[kind] + " of at least 0" * (kind in (int, float)) if key in defaults else "left out, it is no option"
+            least = " of at least 0" + " and below 2^63" * (type(value) is int and value > 0) if kind in (int, float) else ""
+            wants = wants[kind] + least if key in defaults else "left out, it is no option"
             raise UserError(f"{method} adapter: {key} must be {wants}, got {value!r}")
 
 
